@@ -488,7 +488,8 @@ def _compose(text: str, place: _Place) -> _Node:
         return _Composer(yaml, text, place).document()
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark or e.context_mark
-        raise replace(place, line=mark and mark.line + 1).error(
+        line = mark.line + 1 if mark else None
+        raise replace(place, line=line).error(
             f'not valid YAML: {e.problem or e.context}') from e
     except (yaml.YAMLError, UnicodeError) as e:
         raise place.error(f'not valid YAML: {e}') from e
