@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+'''
+Anchored edits: our text, and a pattern that says where it goes.
+
+An edit applies only if its pattern matches exactly as often as it says;
+anything else is an error, never a guess.  Pure text to text: no tree is
+read or written here.
+'''
+
+from dataclasses import dataclass
+import difflib
+from pathlib import Path
+import re
+from typing import Any, Iterable, List, Mapping, Optional, Tuple
+
+import yaml
+
+from .error import SeriesError
+
+
+PLACES = ('before', 'after', 'replace')
+LAYOUTS = ('folders', 'flat')
+EDITS = Path(__file__).with_name('edits.yaml')
+
+
+class AnchorError(SeriesError):
+    '''A pattern did not match its file as often as it must.'''
+
+
+@dataclass(frozen=True)
+class Edit:
+    '''
+    One change to one file of QEMU.
+
+    @place 'before' and 'after' put @text on lines of its own beside the
+    matched line; 'replace' puts it in place of the match, where \\1 and
+    the like stand for the pattern's groups.
+    @layout limits the edit to QEMU trees of that layout, if given.
+    '''
+    file: str
+    pattern: str
+    place: str
+    text: str
+    count: int = 1
+    layout: Optional[str] = None
+
+
+@dataclass(frozen=True)
+class Patch:
+    '''Edits that belong together: one commit of the series.'''
+    subject: str
+    edits: Tuple[Edit, ...]
+
+
+def _edit(where: str, raw: Mapping[str, Any]) -> Edit:
+    places = [place for place in PLACES if place in raw]
+    unknown = set(raw) - {'file', 'match', 'count', 'layout', *PLACES}
+    if len(places) != 1 or unknown or not {'file', 'match'} <= set(raw):
+        raise SeriesError(
+            f'{where}: an edit has file, match and one of '
+            f'{", ".join(PLACES)}; found {", ".join(map(str, raw))}')
+    if raw.get('layout') not in (None, *LAYOUTS):
+        raise SeriesError(f'{where}: layout is one of {", ".join(LAYOUTS)}; '
+                          f'found {raw["layout"]}')
+    return Edit(file=raw['file'], pattern=raw['match'], place=places[0],
+                text=raw[places[0]], count=raw.get('count', 1),
+                layout=raw.get('layout'))
+
+
+def load(path: Path = EDITS) -> List[Patch]:
+    '''Read the patches of @path.  Raises SeriesError on a malformed edit.'''
+    raw = yaml.safe_load(path.read_text(encoding='utf-8'))
+    return [Patch(patch['subject'],
+                  tuple(_edit(f'{path.name}: {patch["subject"]}', edit)
+                        for edit in patch['edits']))
+            for patch in raw['patches']]
+
+
+def _numbered(numbers: Iterable[int], lines: List[str]) -> str:
+    return ''.join(f'\n    {number + 1}: {lines[number]}'
+                   for number in numbers)
+
+
+def _nearest(pattern: str, text: str) -> str:
+    '''The lines of @text that come closest to what @pattern looks for.'''
+    lines = text.splitlines()
+    plain = re.sub(r'\\(.)', r'\1', pattern).strip('^$')
+    close = difflib.get_close_matches(plain, lines, n=3, cutoff=0.4)
+    if not close:
+        return '\n  no line comes near it'
+    return '\n  nearest lines:' + _numbered(
+        sorted(lines.index(line) for line in close), lines)
+
+
+def _mismatch(edit: Edit, text: str, found: List['re.Match[str]']) -> str:
+    message = (f'{edit.file}: pattern \'{edit.pattern}\': expected '
+               f'{edit.count} match{"es" * (edit.count != 1)}, '
+               f'found {len(found)}')
+    if not found:
+        return message + _nearest(edit.pattern, text)
+    return message + '\n  at lines:' + _numbered(
+        [text.count('\n', 0, match.start()) for match in found],
+        text.splitlines())
+
+
+def edit_text(text: str, edit: Edit) -> str:
+    '''
+    Return @text with @edit applied to each match of its pattern.
+
+    Raises AnchorError, with file, pattern, expected and found count and
+    the nearest lines, if there are not exactly @edit.count matches.
+    '''
+    found = list(re.finditer(edit.pattern, text, re.MULTILINE))
+    if len(found) != edit.count:
+        raise AnchorError(
+            _mismatch(edit, text, found),
+            next_step=f'compare {EDITS.name} with the file in this QEMU tree')
+    # From the last match to the first, so that positions stay true
+    for match in reversed(found):
+        start, end = match.span()
+        new = edit.text
+        if edit.place == 'replace':
+            new = match.expand(new)
+        elif edit.place == 'before':
+            start = end = text.rfind('\n', 0, start) + 1
+            new = new.rstrip('\n') + '\n'
+        else:
+            line_end = text.find('\n', end)
+            start = end = len(text) if line_end < 0 else line_end
+            new = '\n' + new.rstrip('\n')
+        text = text[:start] + new + text[end:]
+    return text
