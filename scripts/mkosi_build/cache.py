@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+'''
+The folders on this machine: the builder's own and QEMU's asset cache.
+
+    $QEMU_MKOSI_DIR, else ~/.cache/qemu/mkosi
+        store/<sha256>          a package, whole and verified
+        tools/<digest>/         an unpacked tools tree
+        images/<image>/<arch>/<identity>/
+                                artefacts of one build, and record.json
+        work/<name>/            what is being made; stale once its lock is free
+        log/<name>.log          mkosi's words in the last build
+        locks/<name>            held with flock() while <name> is made
+        override.json           results that the registry does not know
+    $QEMU_TEST_CACHE_DIR/download, else ~/.cache/qemu/download
+        <sha256>, <sha256>.stamp
+
+Every file gets its final name when it is complete, by rename(). A killed
+process leaves something in work/ alone, and the next holder of that lock
+clears it away. Any number of processes may share the folders.
+'''
+
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import stat
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Callable, Iterator, Optional
+
+from .error import BuildError, HostError
+
+
+def host_error(error: OSError, doing: str) -> BuildError:
+    '''The error to show for what the operating system refused.'''
+    what = error.filename or ''
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return HostError(f'{doing}: no space left for {what}',
+                         next_step='free some space, or point QEMU_MKOSI_DIR '
+                         'and QEMU_TEST_CACHE_DIR at a larger file system')
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS,
+                       errno.ENOTDIR):
+        return HostError(f'{doing}: {what}: {error.strerror}',
+                         next_step='make the folder writable, or point '
+                         'QEMU_MKOSI_DIR and QEMU_TEST_CACHE_DIR elsewhere')
+    return HostError(f'{doing}: {error}')
+
+
+def sha256_file(path: Path) -> str:
+    '''The SHA-256 of the file @path, in hex digits.'''
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    '''Replace the file @path by @text: readers see the old or the new.'''
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    try:
+        with open(temporary, 'w', encoding='utf-8', newline='') as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def link_or_copy(source: Path, dest: Path) -> None:
+    '''
+    Give the file @source the further name @dest, which does not exist: a
+    hard link where the file system allows, else a copy.
+    '''
+    try:
+        os.link(source, dest)
+    except OSError as e:
+        if e.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK,
+                           errno.ENOTSUP, errno.EACCES):
+            raise
+        shutil.copyfile(source, dest)
+
+
+def remove_tree(path: Path) -> None:
+    '''Remove the folder @path, folders without write permission too.'''
+    def grant(function: Callable[..., object], name: str,
+              _info: object) -> None:
+        parent = os.path.dirname(name)
+        for folder in (parent, name):
+            if os.path.isdir(folder) and not os.path.islink(folder):
+                os.chmod(folder, 0o700)
+        if function is os.unlink:
+            os.unlink(name)
+        else:
+            shutil.rmtree(name)
+
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path, onerror=grant)
+
+
+class Cache:
+    '''The folders above. Raises HostError where they can't be made.'''
+
+    def __init__(self) -> None:
+        home_cache = Path('~/.cache/qemu').expanduser()
+        own = os.getenv('QEMU_MKOSI_DIR')
+        self.root = Path(own).absolute() if own else home_cache / 'mkosi'
+        assets = os.getenv('QEMU_TEST_CACHE_DIR')
+        base = Path(assets).absolute() if assets else home_cache
+        self.assets = base / 'download'
+        self.store = self.root / 'store'
+        self.tools = self.root / 'tools'
+        self.images = self.root / 'images'
+        self.override = self.root / 'override.json'
+
+    def check_writable(self) -> None:
+        '''Raise HostError unless both folders can be written.'''
+        for folder in (self.root, self.assets):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                probe = folder / f'.probe.{os.getpid()}'
+                probe.write_bytes(b'probe')
+                probe.unlink()
+            except OSError as e:
+                raise host_error(e, 'Preparing the cache folders') from e
+
+    @contextmanager
+    def lock(self, name: str,
+             waiting: Optional[Callable[[], None]] = None) -> Iterator[None]:
+        '''
+        Hold the lock @name; call @waiting once if somebody else holds it.
+        The kernel gives it up with the process, however that ends.
+        '''
+        path = self.root / 'locks' / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, 'ab') as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if waiting:
+                    waiting()
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    @contextmanager
+    def scratch(self, name: str) -> Iterator[Path]:
+        '''
+        An empty folder to work in, gone afterwards. The caller holds the
+        lock @name, so that what lies there before is a dead process's.
+        '''
+        path = self.root / 'work' / name
+        remove_tree(path)
+        path.mkdir(parents=True)
+        try:
+            yield path
+        finally:
+            remove_tree(path)
+
+    def log(self, name: str) -> Path:
+        '''Where the log of @name goes.'''
+        path = self.root / 'log' / f'{name}.log'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def add_asset(self, source: Path, sha256: str) -> Path:
+        '''
+        Put the verified file @source into QEMU's asset cache, replacing
+        what is there under that hash. Returns its path.
+        '''
+        asset = self.assets / sha256
+        temporary = self.assets / f'.{sha256}.{os.getpid()}.tmp'
+        try:
+            link_or_copy(source, temporary)
+            # As QEMU does: nobody modifies an asset by accident
+            os.chmod(temporary, 0o444)
+            os.replace(temporary, asset)
+        finally:
+            temporary.unlink(missing_ok=True)
+        # QEMU's clean_functional_cache.py goes by this time
+        asset.with_suffix('.stamp').write_text(f'{int(time.time())}')
+        return asset

@@ -1,0 +1,497 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+'''
+The command line: what a user may ask for, and the exit codes.
+'''
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import List, NoReturn, Optional, Sequence, Tuple
+
+from . import boot, lock as locks, override, registry as registries
+from . import resolve, tools
+from .build import (Builder, Job, Result, check_host, host_architecture,
+                    load_tool_locks, prepare, tools_folder)
+from .cache import Cache, host_error, write_atomically
+from .error import BuildError, InputError, UsageError
+from .lock import Lock, LockError
+from .registry import Image, Registry, Target
+from .report import Report
+from .store import GoneError
+
+TOOLS = 'tools'
+
+DESCRIPTION = '''\
+Build QEMU's test images, offline and from locked packages, and check that
+they have the bytes that tests/functional/mkosi/registry.yaml names. What
+was built lies in the cache of the functional tests, so that they find it.
+'''
+
+EPILOG = '''\
+examples:
+  %(prog)s x86_64                     build all images for x86_64
+  %(prog)s x86_64 debian-min --boot   build one if need be, and boot it
+  %(prog)s x86_64 --list              what there is, and in which state
+
+after editing a definition:
+  %(prog)s x86_64 debian-min --local         try it: build, let tests use it
+  %(prog)s x86_64 debian-min --update-lock   if it needs other packages
+  %(prog)s x86_64 debian-min --update        record the new hashes
+
+environment:
+  QEMU_TEST_CACHE_DIR   QEMU's asset cache is in download/ there
+                        (~/.cache/qemu)
+  QEMU_MKOSI_DIR        packages, tools, builds, logs (~/.cache/qemu/mkosi)
+  QEMU_MKOSI_MIRROR     package mirrors to ask first, separated by spaces
+
+exit codes:
+  0  done
+  1  internal error
+  2  wrong usage
+  3  the registry, a lock or a definition is wrong, or they don't agree
+  4  the host lacks a program, a permission or space
+  5  a package can't be had
+  6  mkosi failed, or the image does not boot
+  7  other bytes than the registry names
+'''
+
+
+class Parser(argparse.ArgumentParser):
+    '''Usage errors as the other errors are shown.'''
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, next_step=f'{self.prog} --help')
+
+
+def parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+    '''What the user asks for. Raises UsageError.'''
+    parser = Parser(
+        prog='scripts/mkosi-build.py', description=DESCRIPTION,
+        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('arch', metavar='ARCH',
+                        choices=registries.ARCHITECTURES,
+                        help='guest architecture: %(choices)s')
+    parser.add_argument('images', metavar='IMAGE', nargs='*',
+                        help='images to take (default: all)')
+    modes = parser.add_mutually_exclusive_group()
+
+    def mode(name: str, text: str) -> None:
+        modes.add_argument(f'--{name}', dest='mode', action='store_const',
+                           const=name, help=text)
+
+    mode('list', 'list the images and their state')
+    mode('check', 'check registry, locks and definitions, without building')
+    mode('update', 'build, and record hashes and sizes in the registry')
+    mode('update-lock', 'resolve packages anew, signatures checked, and '
+         'write the locks; IMAGE may be "tools"')
+    mode('local', 'build what the tree has now, compare with nothing, let '
+         'tests use it through an override file')
+    mode('allow-newer', 'if a locked package is gone from every mirror, '
+         'build with newer ones, for this machine alone')
+    mode('boot', 'boot the image on this terminal')
+    parser.add_argument('--json', action='store_true',
+                        help='tell events as JSON lines')
+    parser.set_defaults(mode='build')
+    return parser.parse_args(argv)
+
+
+class Command:
+    '''One call of the command, on one registry.'''
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arch: str = arguments.arch
+        self.names: List[str] = arguments.images
+        self.report = Report(arguments.json)
+        self.cache = Cache()
+        self.builder = Builder(self.cache, self.report)
+        self.registry: Registry = registries.load(registries.DEFAULT)
+
+    def images(self) -> List[Tuple[Image, Target]]:
+        '''What was asked for: all, or those named. Raises RegistryError.'''
+        if not self.names:
+            return [(image, image.targets[self.arch])
+                    for image in self.registry.images.values()
+                    if self.arch in image.targets]
+        chosen = [self.registry.image(name) for name in self.names]
+        return [(image, image.target(self.arch)) for image in chosen]
+
+    def jobs(self) -> List[Job]:
+        '''
+        The jobs asked for, but for images that can't be built yet: these
+        are an error if they were named, else told and left out.
+        '''
+        jobs = []
+        for image, target in self.images():
+            if target.not_locked is None:
+                jobs.append(prepare(self.registry, image, self.arch))
+            elif self.names:
+                raise InputError(
+                    f'{image.name} {self.arch} can\'t be built yet: '
+                    f'{target.not_locked}')
+            else:
+                self.report.event(
+                    'skipped', f'{image.name} {self.arch}: left out: '
+                    f'{target.not_locked}', image=image.name,
+                    arch=self.arch, reason=target.not_locked)
+        return jobs
+
+    # -- Building -----------------------------------------------------------
+
+    def build(self) -> None:
+        '''Build what is recorded, and compare.'''
+        for job in self.jobs():
+            self.tell(self._build_recorded(job))
+
+    def _build_recorded(self, job: Job) -> Result:
+        self._require_agreement(job)
+        result = self.builder.build(job, compare=True)
+        override.remove(self.cache, job.image.name, self.arch)
+        return result
+
+    def allow_newer(self) -> None:
+        '''Build what is recorded, or unlocked where its packages left.'''
+        for job in self.jobs():
+            try:
+                self.tell(self._build_recorded(job))
+            except GoneError as e:
+                self.report.event('warning', f'{e.message}')
+                self._build_newer(job)
+
+    def _build_newer(self, job: Job) -> None:
+        newer = self._newer_job(job)
+        result = self.builder.build(newer, compare=False)
+        override.add(self.cache, result)
+        self.tell(result)
+        self.report.event(
+            'warning',
+            f'*** {job.image.name} {self.arch} is UNLOCKED: built with newer '
+            'packages than the lock names,\n'
+            '*** compared with nothing, for this machine alone. Lines '
+            'starting with ~, + or -\n'
+            '*** are what differs from the locks.\n'
+            + '\n'.join(locks.diff(
+                (*job.lock.packages, *job.tool_lock.packages),
+                (*newer.lock.packages, *newer.tool_lock.packages))),
+            image=job.image.name, arch=self.arch)
+        self._tell_override()
+
+    def _newer_job(self, job: Job) -> Job:
+        '''@job with locks of what the mirrors have today.'''
+        folder = self.cache.root / 'newer' / job.identity
+        try:
+            newer = job.unlocked(locks.load(folder / 'image.lock'),
+                                 locks.load(folder / 'tools.lock'))
+            self._fetch(newer)
+            return newer
+        except (LockError, GoneError):
+            # Never made, or the mirrors have moved on since
+            pass
+        tool_lock, lock = job.tool_lock, job.lock
+        try:
+            self.builder.store.fetch(tool_lock.packages,
+                                     tool_lock.distribution, TOOLS)
+        except GoneError:
+            tool_lock = resolve.tools_lock(
+                tools_folder(self.registry), host_architecture(),
+                self.cache, self.report)
+        try:
+            self.builder.store.fetch(lock.packages, lock.distribution,
+                                     job.image.name)
+        except GoneError:
+            tree = tools.ensure(tool_lock, self.cache, self.builder.store,
+                                self.report)
+            lock = resolve.image_lock(job, tree, self.cache, self.report)
+        write_atomically(folder / 'tools.lock', locks.render(tool_lock))
+        write_atomically(folder / 'image.lock', locks.render(lock))
+        return job.unlocked(lock, tool_lock)
+
+    def _fetch(self, job: Job) -> None:
+        for what, lock in ((TOOLS, job.tool_lock), (job.name, job.lock)):
+            self.builder.store.fetch(lock.packages, lock.distribution, what)
+
+    def local(self) -> None:
+        '''Build the tree as it is, for tests on this machine.'''
+        for job in self.jobs():
+            result = self.builder.build(job, compare=False)
+            override.add(self.cache, result)
+            self.tell(result)
+        self._tell_override()
+
+    def _tell_override(self) -> None:
+        self.report.event(
+            'override', 'Tests use it with:\n'
+            f'    export QEMU_TEST_MKOSI_OVERRIDE={self.cache.override}',
+            path=str(self.cache.override))
+
+    def boot(self) -> None:
+        '''Boot one image; what tests would use, built if need be.'''
+        jobs = self.jobs()
+        if len(jobs) != 1:
+            raise UsageError('--boot takes one image, found: '
+                             + ', '.join(job.image.name for job in jobs),
+                             next_step='name one')
+        job = jobs[0]
+        overridden = os.getenv('QEMU_TEST_MKOSI_OVERRIDE')
+        if overridden and Path(overridden) == self.cache.override:
+            result = self._find_overridden(job)
+        else:
+            result = self._build_recorded(job)
+        boot.boot(result)
+
+    def _find_overridden(self, job: Job) -> Result:
+        for candidate in (job, self._saved_newer(job)):
+            result = candidate and self.builder.find(candidate)
+            if result:
+                return result
+        return self._build_recorded(job)
+
+    def _saved_newer(self, job: Job) -> Optional[Job]:
+        folder = self.cache.root / 'newer' / job.identity
+        try:
+            return job.unlocked(locks.load(folder / 'image.lock'),
+                                locks.load(folder / 'tools.lock'))
+        except LockError:
+            return None
+
+    def tell(self, result: Result) -> None:
+        '''Tell where the artefacts of @result are.'''
+        job = result.job
+        state = 'built' if result.fresh else 'up to date'
+        lines = [f'{job.image.name} {self.arch}: {state}']
+        for kind, built in result.artefacts.items():
+            lines.append(f'    {kind:8} {built.size / 1e6:6.1f} MB  '
+                         f'{built.sha256}  {built.path.name}')
+        lines.append(f'    in {self.builder.folder(job)}')
+        self.report.event(
+            'image', '\n'.join(lines), image=job.image.name, arch=self.arch,
+            identity=job.identity, locked=job.locked, fresh=result.fresh,
+            artefacts={kind: {'path': str(built.path),
+                              'asset': str(self.cache.assets / built.sha256),
+                              'sha256': built.sha256, 'size': built.size}
+                       for kind, built in result.artefacts.items()})
+
+    # -- Registry and locks -------------------------------------------------
+
+    def _require_agreement(self, job: Job) -> None:
+        problem = self._disagreement(job)
+        if problem:
+            raise problem
+
+    def _disagreement(self, job: Job) -> Optional[BuildError]:
+        '''Why the registry's hashes are not those of the tree's inputs.'''
+        command = f'scripts/mkosi-build.py {self.arch} {job.image.name}'
+        if job.lock.definition != job.definition:
+            return InputError(
+                f'{job.image.name}: the definition has changed since '
+                f'{self.arch}.lock was made',
+                next_step=f'{command} --local to try it, --update to record '
+                'it, after --update-lock if it needs other packages')
+        if not job.target.built:
+            return InputError(
+                f'{job.image.name} {self.arch} has no hashes in the '
+                f'registry yet', next_step=f'{command} --update')
+        if job.identity != job.target.identity:
+            return InputError(
+                f'{job.image.name}: definition or locks have changed '
+                f'without their hashes: the registry is for identity '
+                f'{job.target.identity}, the tree has {job.identity}',
+                next_step=f'{command} --update')
+        return None
+
+    def check(self) -> None:
+        '''Check without building; tell all problems, not just the first.'''
+        problems: List[BuildError] = []
+        tool_locks = load_tool_locks(self.registry)
+        definition = locks.definition_digest(tools_folder(self.registry))
+        for arch, lock in tool_locks.items():
+            if lock.definition != definition:
+                problems.append(InputError(
+                    f'tools: the definition has changed since {arch}.lock '
+                    'was made', next_step='scripts/mkosi-build.py '
+                    f'{arch} --update-lock tools'))
+        checked = 0
+        for image, target in self.images():
+            if target.not_locked is not None:
+                continue
+            try:
+                job = prepare(self.registry, image, self.arch)
+            except BuildError as e:
+                problems.append(e)
+                continue
+            checked += 1
+            sizes = {kind: artefact.size or 0
+                     for kind, artefact in target.artefacts.items()}
+            for problem in (self._disagreement(job),
+                            _over_budget(job, sizes)):
+                if problem:
+                    problems.append(problem)
+        for problem in problems[1:]:
+            self.report.event('problem', f'{problem}')
+        if problems:
+            raise problems[0]
+        self.report.event('checked', f'{checked} images for {self.arch}: '
+                          'registry, locks and definitions agree')
+
+    def update(self) -> None:
+        '''Build, and record what came out.'''
+        for job in self.jobs():
+            result = self.builder.build(job, compare=False)
+            problem = _over_budget(job, {
+                kind: built.size for kind, built in result.artefacts.items()})
+            if problem:
+                raise problem
+            self.tell(result)
+            with self.cache.lock('registry'):
+                self._record(result)
+            override.remove(self.cache, job.image.name, self.arch)
+
+    def _record(self, result: Result) -> None:
+        '''
+        The lock first: until the registry is written too, it still names
+        the old identity, and --check and every build say so.
+        '''
+        job = result.job
+        if job.lock.definition != job.definition:
+            lock = Lock(job.definition, job.lock.distribution,
+                        job.lock.release, job.lock.architecture,
+                        job.lock.epoch, job.lock.packages)
+            write_atomically(job.folder / f'{self.arch}.lock',
+                             locks.render(lock))
+        path = self.registry.path
+        old = path.read_text(encoding='utf-8')
+        new = registries.record(
+            old, job.image.name, self.arch, job.identity,
+            {kind: (built.sha256, built.size)
+             for kind, built in result.artefacts.items()})
+        if new != old:
+            write_atomically(path, new)
+        self.report.event('recorded', f'{path.name}: '
+                          + ('recorded' if new != old else 'unchanged'))
+
+    def update_lock(self) -> None:
+        '''Resolve anew: the tools first, since they resolve the images.'''
+        names, self.names = self.names, [n for n in self.names if n != TOOLS]
+        check_host(self.cache)
+        if not names or TOOLS in names:
+            folder = tools_folder(self.registry)
+            host = host_architecture()
+            self._write_lock(
+                folder / f'{host}.lock',
+                resolve.tools_lock(folder, host, self.cache, self.report))
+        if names == [TOOLS]:
+            return
+        tool_locks = load_tool_locks(self.registry)
+        tool_lock = tool_locks[host_architecture()]
+        tree = tools.ensure(tool_lock, self.cache, self.builder.store,
+                            self.report)
+        for image, target in self.images():
+            folder = self.registry.path.parent / image.definition
+            definition = locks.definition_digest(folder)
+            nothing = Lock(definition, image.distribution, image.release,
+                           self.arch, tool_lock.epoch, ())
+            job = Job(image, target, folder, definition, nothing, tool_lock,
+                      tuple(tool_locks.values()))
+            self._write_lock(folder / f'{self.arch}.lock',
+                             resolve.image_lock(job, tree, self.cache,
+                                                self.report))
+
+    def _write_lock(self, path: Path, lock: Lock) -> None:
+        try:
+            old = locks.load(path).packages
+        except LockError:
+            old = ()
+        changes = locks.diff(old, lock.packages)
+        write_atomically(path, locks.render(lock))
+        self.report.event(
+            'locked', '\n'.join([
+                *(f'    {line}' for line in changes),
+                f'{path.parent.name}/{path.name}: {len(lock.packages)} '
+                f'packages, {len(changes)} changes']),
+            path=str(path), packages=len(lock.packages), changes=changes)
+
+    # -- Listing ------------------------------------------------------------
+
+    def list(self) -> None:
+        '''List images, sizes, states.'''
+        rows = [('IMAGE', 'ARCH', 'SIZE', 'STATE')]
+        for image, target in self.images():
+            size = sum(a.size or 0 for a in target.artefacts.values())
+            state, reason = self._state(image, target)
+            shown = f'{size / 1e6:.1f} MB' if size else '-'
+            rows.append((image.name, self.arch, shown,
+                         f'{state}: {reason}' if reason else state))
+            if self.report.as_json:
+                self.report.event(
+                    'listed', '', image=image.name, arch=self.arch,
+                    architectures=list(image.targets), state=state,
+                    reason=reason, sizes={
+                        kind: artefact.size for kind, artefact
+                        in target.artefacts.items()})
+        if not self.report.as_json:
+            widths = [max(len(row[i]) for row in rows) for i in range(3)]
+            for row in rows:
+                print('  '.join((*(cell.ljust(width) for cell, width
+                                   in zip(row, widths)), row[3])))
+
+    def _state(self, image: Image, target: Target) -> Tuple[str, str]:
+        '''The state of an image, and the reason for it.'''
+        if target.not_locked is not None:
+            return 'not locked yet', target.not_locked
+        try:
+            job = prepare(self.registry, image, self.arch)
+        except BuildError as e:
+            return 'broken', e.message
+        problem = self._disagreement(job)
+        if self.builder.find(job):
+            return 'built here', problem.message if problem else ''
+        if problem:
+            return 'not built yet', problem.message
+        if self.registry.stores:
+            return 'published', ''
+        return 'not built yet', (f'run scripts/mkosi-build.py {self.arch} '
+                                 f'{image.name}')
+
+
+def _over_budget(job: Job, sizes: 'dict[str, int]') -> Optional[BuildError]:
+    budget = job.target.budget
+    for what, found, limit in (
+            ('kernel-initrd-bytes', sizes['kernel'] + sizes['initrd'],
+             budget.kernel_initrd_bytes),
+            ('disk-bytes', sizes['disk'], budget.disk_bytes),
+            ('packages', len(job.lock.packages), budget.packages)):
+        if found > limit:
+            return InputError(
+                f'{job.image.name} {job.target.arch}: {what}: the budget '
+                f'is {limit}, found {found}',
+                next_step='make it smaller, or raise the budget in the '
+                'registry and say why')
+    return None
+
+
+def _terminate(signum: int, _frame: object) -> NoReturn:
+    # Unwinds like any error, so that nothing is left behind
+    sys.exit(128 + signum)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    '''Run the command with the arguments @argv. Returns the exit code.'''
+    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGHUP, _terminate)
+    as_json = '--json' in (sys.argv[1:] if argv is None else argv)
+    error: BuildError
+    try:
+        arguments = parse_arguments(argv)
+        command = Command(arguments)
+        getattr(command, arguments.mode.replace('-', '_'))()
+        return 0
+    except BuildError as e:
+        error = e
+    except KeyboardInterrupt:
+        return 130
+    except OSError as e:
+        error = host_error(e, 'Working')
+    Report(as_json).event('error', f'error: {error}', code=error.exit_code,
+                          message=error.message, next=error.next_step)
+    return error.exit_code

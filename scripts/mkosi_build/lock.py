@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+'''
+Locks: which packages a build may use, and what a build is.
+
+A lock is plain text. Its header says what it was made for; then comes a
+sorted line a package: SHA-256, size in bytes, name, version, and location
+relative to the distribution's repository. It lists what was fetched, not
+what stayed installed, since both decide bytes.
+'''
+
+import hashlib
+import os
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, List, Sequence, Tuple
+
+from .error import InputError
+
+FORMAT = 'mkosi-build lock 1'
+HEADER = ('definition', 'distribution', 'release', 'architecture', 'epoch')
+
+# Changed when the builder itself comes to make other bytes of the same
+# definition and locks.
+BUILDER = 'mkosi-build 1'
+
+_HASH = re.compile(r'[0-9a-f]{64}')
+_LOCATION = re.compile(r'[A-Za-z0-9][A-Za-z0-9._+~:%/-]*')
+_WORD = re.compile(r'[A-Za-z0-9][A-Za-z0-9._+~:-]*')
+
+
+class LockError(InputError):
+    '''A lock that can't be used; the message begins with file and line.'''
+
+
+@dataclass(frozen=True, order=True)
+class Package:
+    '''A package as the lock knows it; @size in bytes.'''
+    name: str
+    version: str
+    location: str
+    sha256: str
+    size: int
+
+    @property
+    def file_name(self) -> str:
+        '''The name of the package's file.'''
+        return self.location.rpartition('/')[2]
+
+
+@dataclass(frozen=True)
+class Lock:
+    '''
+    A parsed lock. @definition is the digest of the definition it was made
+    for; @epoch, in seconds since 1970, is the time of the repository's
+    release, and the newest time that a built file may have.
+    '''
+    definition: str
+    distribution: str
+    release: str
+    architecture: str
+    epoch: int
+    packages: Tuple[Package, ...]
+
+    @property
+    def digest(self) -> str:
+        '''The digest of all that decides bytes: not of @definition.'''
+        text = render(self).replace(self.definition, '-')
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def render(lock: Lock) -> str:
+    '''The text of @lock.'''
+    lines = [f'# {FORMAT}']
+    lines += [f'# {key}: {getattr(lock, key)}' for key in HEADER]
+    lines += [f'{p.sha256} {p.size} {p.name} {p.version} {p.location}'
+              for p in sorted(lock.packages)]
+    return '\n'.join(lines) + '\n'
+
+
+def _parse_package(place: str, line: str) -> Package:
+    fields = line.split(' ')
+    if len(fields) != 5:
+        raise LockError(f'{place}: expected "sha256 size name version '
+                        f'location", found {line!r}')
+    sha256, size, name, version, location = fields
+    if not _HASH.fullmatch(sha256):
+        raise LockError(f'{place}: expected a SHA-256 of 64 hex digits, '
+                        f'found {sha256!r}')
+    if not re.fullmatch(r'[1-9][0-9]{0,11}', size):
+        raise LockError(f'{place}: expected a size in bytes, found {size!r}')
+    for what, word in (('name', name), ('version', version)):
+        if not _WORD.fullmatch(word):
+            raise LockError(f'{place}: not a package {what}: {word!r}')
+    if not _LOCATION.fullmatch(location) or '..' in location.split('/'):
+        raise LockError(f'{place}: not a location below a repository: '
+                        f'{location!r}')
+    return Package(name, version, location, sha256, int(size))
+
+
+def parse(text: str, place: str) -> Lock:
+    '''
+    The lock in @text. Raises LockError, beginning with @place and the
+    line, where a header is missing or unknown, a line is malformed, out
+    of order or there twice.
+    '''
+    lines = text.splitlines()
+    if not lines or lines[0] != f'# {FORMAT}':
+        found = lines[0] if lines else 'an empty file'
+        raise LockError(f'{place}:1: expected "# {FORMAT}", found {found!r}',
+                        next_step='make the lock anew with --update-lock')
+    header: Dict[str, str] = {}
+    for number, key in enumerate(HEADER, 2):
+        line = lines[number - 1] if len(lines) >= number else ''
+        match = re.fullmatch(rf'# {key}: (\S+)', line)
+        if not match:
+            raise LockError(f'{place}:{number}: expected "# {key}: ...", '
+                            f'found {line!r}')
+        header[key] = match.group(1)
+    if not re.fullmatch(r'[0-9]{9,11}', header['epoch']):
+        raise LockError(f'{place}:6: expected seconds since 1970, found '
+                        f'{header["epoch"]!r}')
+    packages: List[Package] = []
+    files: Dict[str, int] = {}
+    for number, line in enumerate(lines[6:], 7):
+        package = _parse_package(f'{place}:{number}', line)
+        if packages and package <= packages[-1]:
+            raise LockError(f'{place}:{number}: {package.name} is out of '
+                            f'order after {packages[-1].name}',
+                            next_step='sort the lines by name and version')
+        if package.file_name in files:
+            raise LockError(f'{place}:{number}: {package.file_name} is '
+                            f'already in line {files[package.file_name]}')
+        files[package.file_name] = number
+        packages.append(package)
+    if not packages:
+        raise LockError(f'{place}: no packages')
+    return Lock(header['definition'], header['distribution'],
+                header['release'], header['architecture'],
+                int(header['epoch']), tuple(packages))
+
+
+def load(path: Path) -> Lock:
+    '''The lock in the file @path. Raises LockError.'''
+    try:
+        text = path.read_text(encoding='utf-8')
+    except FileNotFoundError as e:
+        raise LockError(f'{path}: no such lock',
+                        next_step='make it with --update-lock') from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise LockError(f'{path}: {e}') from e
+    return parse(text, path.name)
+
+
+def diff(old: Sequence[Package], new: Sequence[Package]) -> List[str]:
+    '''What changed from @old to @new, a line a package, for a reviewer.'''
+    lines = []
+    for name in sorted({p.name for p in (*old, *new)}):
+        was = sorted(p for p in old if p.name == name)
+        now = sorted(p for p in new if p.name == name)
+        if was == now:
+            continue
+        versions = [' '.join(p.version for p in side) for side in (was, now)]
+        if not was:
+            lines.append(f'+ {name} {versions[1]}')
+        elif not now:
+            lines.append(f'- {name} {versions[0]}')
+        elif versions[0] != versions[1]:
+            lines.append(f'~ {name} {versions[0]} -> {versions[1]}')
+        else:
+            lines.append(f'! {name} {versions[1]}: same version, other file')
+    return lines
+
+
+def definition_files(folder: Path) -> List[Path]:
+    '''
+    The files and links below @folder that a build sees, relative to it and
+    sorted: all but the locks. Raises InputError for anything that is
+    neither file, link nor folder, and where there is no mkosi.conf.
+    '''
+    if not (folder / 'mkosi.conf').is_file():
+        raise InputError(f'{folder}: no definition there (no mkosi.conf)',
+                         next_step='check the name after "definition:" in '
+                         'the registry')
+    files = []
+    for parent, folders, names in os.walk(folder):
+        # Python leaves this behind wherever it runs
+        folders[:] = sorted(d for d in folders if d != '__pycache__')
+        links = [d for d in folders if Path(parent, d).is_symlink()]
+        for name in sorted(names + links):
+            path = Path(parent, name)
+            mode = path.lstat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
+                raise InputError(f'{path}: neither a file, a link nor a '
+                                 'folder')
+            if path.suffix != '.lock':
+                files.append(path.relative_to(folder))
+    return sorted(files)
+
+
+def definition_digest(folder: Path) -> str:
+    '''
+    The digest of the definition in @folder: of each file's path, content
+    and x bit, and each link's path and target; not of times, owners and
+    other modes, which differ between checkouts.
+    '''
+    digest = hashlib.sha256()
+    for name in definition_files(folder):
+        path = folder / name
+        if path.is_symlink():
+            kind, content = 'link', os.readlink(path).encode()
+        else:
+            executable = path.stat().st_mode & stat.S_IXUSR
+            kind, content = ('program' if executable else 'file',
+                             path.read_bytes())
+        digest.update(f'{kind} {name.as_posix()} {len(content)}\n'.encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def identity(definition: str, lock: Lock, tools: Sequence[Lock]) -> str:
+    '''
+    What a build is, as a digest over all that decides its bytes: the
+    digest @definition, the packages of @lock and the @tools locks. All
+    architectures' tools count, since any of them may be the host's.
+    '''
+    parts = [BUILDER, definition, lock.digest,
+             *sorted(tool.digest for tool in tools)]
+    return hashlib.sha256('\n'.join(parts).encode()).hexdigest()

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+'''
+What the builder tells: one line a stage for a person, JSON lines for a
+program. Everything goes to the stream given (standard error for a person,
+standard output for a program); nothing is ever told twice.
+'''
+
+import json
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from typing import IO, Any, Iterator, Optional
+
+# Between two updates of a counter, in seconds: enough for a person to see
+# that something moves, little enough for the log of a pipeline.
+COUNTER_INTERVAL = 0.2
+
+
+class Report:
+    '''
+    Tells stages, counters and results.
+
+    @params as_json: JSON lines, one object an event, in place of text
+    @params stream: where to; None is the usual place
+    '''
+
+    def __init__(self, as_json: bool = False,
+                 stream: Optional[IO[str]] = None) -> None:
+        self.as_json = as_json
+        self.stream = stream or (sys.stdout if as_json else sys.stderr)
+        self.started = time.monotonic()
+        self._lock = threading.Lock()
+        self._last_counter = 0.0
+
+    def event(self, kind: str, text: str, **data: Any) -> None:
+        '''Tell one event; @data goes into the JSON form alone.'''
+        with self._lock:
+            if self.as_json:
+                seconds = round(time.monotonic() - self.started, 3)
+                record = {'event': kind, 'seconds': seconds,
+                          'text': text, **data}
+                print(json.dumps(record), file=self.stream, flush=True)
+            elif text:
+                self._clear_counter()
+                print(text, file=self.stream, flush=True)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        '''A stage: its name and the seconds it took, told when it ends.'''
+        start = time.monotonic()
+        if self.as_json:
+            self.event('start', name)
+        else:
+            self._show_counter(f'  ...    {name}')
+        try:
+            yield
+        except BaseException:
+            took = time.monotonic() - start
+            self.event('failed', f'{took:7.1f}s {name}: failed')
+            raise
+        took = time.monotonic() - start
+        self.event('done', name if self.as_json
+                   else f'{took:7.1f}s {name}', took=round(took, 3))
+
+    def count(self, name: str, done: int, total: int, size: int) -> None:
+        '''A counter: @done of @total things, @size bytes so far.'''
+        now = time.monotonic()
+        if done < total and now - self._last_counter < COUNTER_INTERVAL:
+            return
+        self._last_counter = now
+        if self.as_json:
+            self.event('count', name, done=done, total=total, bytes=size)
+        else:
+            with self._lock:
+                self._show_counter(
+                    f'  ...    {name}: {done}/{total}, {size / 1e6:.1f} MB')
+
+    def _show_counter(self, text: str) -> None:
+        # Only a terminal can take a line back
+        if self.stream.isatty():
+            print(f'\r\033[K{text}', end='', file=self.stream, flush=True)
+
+    def _clear_counter(self) -> None:
+        if self.stream.isatty():
+            print('\r\033[K', end='', file=self.stream)

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+'''
+Making locks: which packages a definition needs today, by the
+distribution's own resolver with its signature checks on. This is the only
+room that takes anything on a mirror's word, and it takes it only where
+the distribution's key vouches for it.
+'''
+
+import configparser
+import re
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Dict, Iterator, List
+
+from . import command, lock as locks, repository
+from .build import Job, run_mkosi
+from .cache import Cache, sha256_file
+from .error import FetchError, HostError, InputError
+from .lock import Lock, Package
+from .report import Report
+from .store import hide_password, host_mirrors
+
+# Where Debian's packages put the distribution's keys, on this host and in
+# the tools tree
+KEYRING = Path('/usr/share/keyrings/debian-archive-keyring.gpg')
+
+
+def _sources(mirror: str, release: str, arch: str) -> str:
+    '''An apt source that is trusted by its signature alone.'''
+    return ('Types: deb\n'
+            f'URIs: {mirror}\n'
+            f'Suites: {release}\n'
+            'Components: main\n'
+            f'Architectures: {repository.DEBIAN_ARCHITECTURES[arch]}\n'
+            f'Signed-By: {KEYRING}\n')
+
+
+def _stanzas(index: Path) -> Iterator[Dict[str, str]]:
+    '''The paragraphs of a Packages file, without continued lines.'''
+    stanza: Dict[str, str] = {}
+    with open(index, encoding='utf-8') as file:
+        for line in file:
+            if line == '\n':
+                yield stanza
+                stanza = {}
+            elif line[0] not in ' \t':
+                key, _, value = line.partition(':')
+                stanza[key] = value.strip()
+    if stanza:
+        yield stanza
+
+
+def _index(lists: Path) -> Dict[str, Package]:
+    '''What the verified package lists in @lists have, by SHA-256.'''
+    known = {}
+    for path in lists.glob('*_Packages'):
+        for stanza in _stanzas(path):
+            known[stanza['SHA256']] = Package(
+                stanza['Package'], stanza['Version'], stanza['Filename'],
+                stanza['SHA256'], int(stanza['Size']))
+    return known
+
+
+def _epoch(lists: Path) -> int:
+    '''When the repository was released, in seconds since 1970.'''
+    for path in lists.glob('*_InRelease'):
+        match = re.search(r'^Date: (.*) UTC$', path.read_text(), re.M)
+        if match:
+            date = datetime.strptime(match.group(1), '%a, %d %b %Y %H:%M:%S')
+            return int(date.replace(tzinfo=timezone.utc).timestamp())
+    raise FetchError(f'no signed release file with a date in {lists}')
+
+
+def _pick(known: Dict[str, Package], digests: List[str],
+          what: str) -> List[Package]:
+    missing = [digest for digest in digests if digest not in known]
+    if missing:
+        raise FetchError(f'{what}: fetched files that the signed package '
+                         f'lists do not have: {", ".join(missing)}')
+    return sorted(known[digest] for digest in set(digests))
+
+
+def tools_lock(folder: Path, arch: str, cache: Cache,
+               report: Report) -> Lock:
+    '''
+    A lock of the tools tree whose definition is in @folder, for hosts of
+    architecture @arch, resolved by this host's apt.
+
+    Raises HostError where apt or the keyring is missing, FetchError where
+    apt can't get or trust the package lists, InputError for a definition
+    that names no packages.
+    '''
+    definition = locks.definition_digest(folder)
+    conf = configparser.RawConfigParser(strict=False)
+    conf.read(folder / 'mkosi.conf', encoding='utf-8')
+    try:
+        distribution = conf['Distribution']['Distribution']
+        release = conf['Distribution']['Release']
+        packages = conf['Content']['Packages'].split()
+    except KeyError as e:
+        raise InputError(f'{folder}/mkosi.conf: no {e}') from e
+    if not KEYRING.exists():
+        raise HostError(f'no {KEYRING}: can\'t check signatures',
+                        next_step='apt-get install debian-archive-keyring')
+    mirror = host_mirrors(distribution)[0]
+    with report.stage(f'resolving tools at {hide_password(mirror)}'), \
+            cache.lock('resolve-tools'), \
+            cache.scratch('resolve-tools') as work:
+        apt = _private_apt(work, _sources(mirror, release, arch), arch)
+        _apt(apt + ['update'])
+        # The essential packages are in no package's dependencies
+        told = _apt(apt + ['install', '--print-uris', '-qq', '?essential',
+                           *packages])
+        digests = re.findall(r' SHA256:([0-9a-f]{64})$', told, re.M)
+        lists = work / 'state/lists'
+        chosen = _pick(_index(lists), digests, 'tools')
+        return Lock(definition, distribution, release, arch,
+                    _epoch(lists), tuple(chosen))
+
+
+def _private_apt(work: Path, sources: str, arch: str) -> List[str]:
+    '''apt-get, with nothing of this host's but the program itself.'''
+    for name in ('state/lists/partial', 'cache/archives/partial', 'etc'):
+        (work / name).mkdir(parents=True)
+    (work / 'state/status').touch()
+    (work / 'etc/lock.sources').write_text(sources, encoding='utf-8')
+    debian = repository.DEBIAN_ARCHITECTURES[arch]
+    options = {
+        'Dir::State': f'{work}/state',
+        'Dir::State::status': f'{work}/state/status',
+        'Dir::Cache': f'{work}/cache',
+        'Dir::Etc::sourcelist': f'{work}/etc/lock.sources',
+        'Dir::Etc::sourceparts': '/dev/null',
+        'Dir::Etc::preferences': '/dev/null',
+        'Dir::Etc::preferencesparts': '/dev/null',
+        'APT::Architecture': debian,
+        'APT::Architectures': debian,
+        'APT::Install-Recommends': 'false',
+        # apt would otherwise become a user who may not enter the cache
+        'APT::Sandbox::User': 'root',
+        'Acquire::ForceHash': 'SHA256',
+        'Acquire::Languages': 'none',
+        'Acquire::GzipIndexes': 'false',
+        'Acquire::AllowInsecureRepositories': 'false',
+        'APT::Get::AllowUnauthenticated': 'false',
+        'APT::Update::Error-Mode': 'any',
+    }
+    return ['apt-get', *(f'-o{key}={value}'
+                         for key, value in options.items())]
+
+
+def _apt(apt: List[str]) -> str:
+    result = command.run(apt)
+    if result.returncode:
+        said = ' '.join(result.stderr.split())
+        raise FetchError(f'apt-get failed: {said}',
+                         next_step='check the mirror, or set '
+                         'QEMU_MKOSI_MIRROR to another one')
+    return result.stdout
+
+
+def image_lock(job: Job, tree: Path, cache: Cache, report: Report) -> Lock:
+    '''
+    A new lock for the image of @job: what a build with the tools @tree,
+    with network and without any packages at hand, fetches. The lock of
+    @job says for which release, its packages do not matter.
+
+    Raises MkosiError, HostError, FetchError.
+    '''
+    arch = job.target.arch
+    mirror = host_mirrors(job.image.distribution)[0]
+    name = f'resolve-{job.name}'
+    log = cache.log(name)
+    report.event('log', f'         log: {log}', path=str(log))
+    with report.stage(f'resolving {job.name} at {hide_password(mirror)}'), \
+            cache.lock(name), cache.scratch(name) as work:
+        # Given its own list of sources, mkosi does not write the one that
+        # trusts a local mirror without a signature
+        sources = work / 'sandbox/etc/apt/sources.list.d/mkosi.sources'
+        sources.parent.mkdir(parents=True)
+        sources.write_text(_sources(mirror, job.image.release, arch),
+                           encoding='utf-8')
+        run_mkosi(job, tree, work, log, mirror,
+                  [f'--sandbox-tree={work / "sandbox"}'], network=True)
+        packages = work / 'packages'
+        digests = [sha256_file(path) for path in
+                   sorted((packages / 'cache/apt/archives').glob('*.deb'))]
+        lists = packages / 'lib/apt/lists'
+        chosen = _pick(_index(lists), digests, job.name)
+        return Lock(job.definition, job.image.distribution,
+                    job.image.release, arch, _epoch(lists), tuple(chosen))

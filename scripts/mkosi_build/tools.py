@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+'''
+The tools tree: the programs that a build runs (mkosi itself, apt, dpkg,
+systemd-repart, mkfs, qemu-img, ...) at the versions that the tools lock
+names, so that the host's own do not decide bytes. It is an unpacking of
+packages, with no maintainer script run: the same on every host, as any
+user.
+'''
+
+import os
+import stat
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import List
+
+from . import command
+from .cache import Cache, host_error
+from .error import HostError, MkosiError
+from .lock import Lock
+from .report import Report
+from .store import Store
+
+# Below the tools tree, the folder that holds the package "mkosi"
+PYTHON_PATH = 'usr/lib/python3/dist-packages'
+
+# QEMU's name of an architecture to mkosi's
+MKOSI_ARCHITECTURES = {'x86_64': 'x86-64', 'aarch64': 'arm64'}
+
+
+def _unpack(lock: Lock, store: Store, tree: Path) -> None:
+    def extract(file: Path) -> None:
+        result = command.run(['dpkg-deb', '--extract', str(file),
+                              str(tree)])
+        if result.returncode:
+            raise HostError(f'unpacking {file}: {result.stderr.strip()}')
+
+    # base-files comes first: it makes /bin, /lib and so on links into /usr
+    first = [p for p in lock.packages if p.name == 'base-files']
+    for package in first:
+        extract(store.path(package))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(extract, [store.path(p) for p in lock.packages
+                                if p not in first]))
+    # mkosi binds a file over this one
+    (tree / 'etc/resolv.conf').touch()
+    for folder, _, names in os.walk(tree):
+        for path in (Path(folder, name) for name in names):
+            mode = path.lstat().st_mode
+            # No program in a cache folder keeps another user's rights
+            if stat.S_ISREG(mode) and mode & (stat.S_ISUID | stat.S_ISGID):
+                path.chmod(stat.S_IMODE(mode) & 0o777)
+
+
+def ensure(lock: Lock, cache: Cache, store: Store, report: Report) -> Path:
+    '''
+    The tools tree of @lock, fetched and unpacked if it is not there yet.
+
+    Raises what Store.fetch() does, and HostError.
+    '''
+    tree = cache.tools / lock.digest
+    if tree.is_dir():
+        return tree
+    name = f'tools-{lock.digest[:16]}'
+
+    def waiting() -> None:
+        report.event('waiting', '         waiting for another builder to '
+                     'unpack the tools')
+
+    with cache.lock(name, waiting):
+        if tree.is_dir():
+            return tree
+        store.fetch(lock.packages, lock.distribution, 'tools')
+        try:
+            with report.stage(f'unpacking {len(lock.packages)} tools '
+                              'packages'), cache.scratch(name) as work:
+                _unpack(lock, store, work / 'tree')
+                cache.tools.mkdir(parents=True, exist_ok=True)
+                os.replace(work / 'tree', tree)
+        except OSError as e:
+            raise host_error(e, 'Unpacking the tools') from e
+    return tree
+
+
+def mkosi(tree: Path, arguments: List[str], log: Path,
+          network: bool = False) -> None:
+    '''
+    Run mkosi from the tools @tree with @arguments, its output in the file
+    @log. Raises MkosiError with the telling lines of the log, or HostError
+    where they say that the disk is full.
+    '''
+    # By the interpreter's own path: the environment has no host's PATH
+    status = command.run_isolated(
+        [sys.executable, '-m', 'mkosi', f'--tools-tree={tree}',
+         *arguments], log, network,
+        {'PYTHONPATH': str(tree / PYTHON_PATH)})
+    if status == 0:
+        return
+    why = command.why_failed(log)
+    if 'No space left on device' in why:
+        raise HostError(f'mkosi found no space left on the disk:\n{why}',
+                        next_step='free some space, or point '
+                        'QEMU_MKOSI_DIR at a larger file system')
+    raise MkosiError(f'mkosi failed (exit code {status}):\n{why}',
+                     next_step=f'read the whole log: {log}')
