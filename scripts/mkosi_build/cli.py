@@ -94,7 +94,7 @@ def parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument('--json', action='store_true',
                         help='tell events as JSON lines')
     parser.set_defaults(mode='build')
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 class Command:

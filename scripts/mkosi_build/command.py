@@ -32,7 +32,7 @@ ENVIRONMENT = {
 }
 
 # Lines of a log that say why something failed: apt's, dpkg's and mkosi's
-TELLING = re.compile(r'^(E: |‣ |dpkg: error)|\b[Ee]rror\b|not found'
+TELLING = re.compile(r'^(E: |‣ \S|dpkg: error)|[Ee]rror\b|not found'
                      r'|[Nn]o space left|unmet dependencies|Depends:'
                      r'|no installation candidate|Failed|refus')
 

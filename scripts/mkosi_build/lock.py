@@ -146,8 +146,9 @@ def load(path: Path) -> Lock:
     try:
         text = path.read_text(encoding='utf-8')
     except FileNotFoundError as e:
-        raise LockError(f'{path}: no such lock',
-                        next_step='make it with --update-lock') from e
+        raise LockError(f'{path}: no such lock', next_step='make it: '
+                        f'scripts/mkosi-build.py {path.stem} '
+                        f'{path.parent.name} --update-lock') from e
     except (OSError, UnicodeDecodeError) as e:
         raise LockError(f'{path}: {e}') from e
     return parse(text, path.name)
