@@ -14,9 +14,9 @@ from pathlib import Path
 import subprocess
 from typing import Dict, Iterable, Iterator, List, Optional
 
-from .edits import Patch, edit_text
+from .edits import Patch, edit_text, version
 from .error import SeriesError
-from .tree import PARTS, layout
+from .tree import PARTS, layout, version_of
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,9 +90,10 @@ def changes(tree: Path, patches: Iterable[Patch],
                               next_step='rename ours')
         changed[name] = _read(root / name)
     kind = layout(tree)
+    level = version(version_of(tree))
     for patch in patches:
         for edit in patch.edits:
-            if edit.layout not in (None, kind):
+            if edit.layout not in (None, kind) or level < edit.since:
                 continue
             if edit.file not in changed and not (tree / edit.file).is_file():
                 raise SeriesError(f'{edit.file}: no such file in {tree}, '

@@ -35,7 +35,8 @@ class Edit:
     @place 'before' and 'after' put @text on lines of its own beside the
     matched line; 'replace' puts it in place of the match, where \\1 and
     the like stand for the pattern's groups.
-    @layout limits the edit to QEMU trees of that layout, if given.
+    @layout and @since limit the edit to QEMU trees of that layout, and to
+    those of that version or newer, if given.
     '''
     file: str
     pattern: str
@@ -43,18 +44,29 @@ class Edit:
     text: str
     count: int = 1
     layout: Optional[str] = None
+    since: Tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Patch:
-    '''Edits that belong together: one commit of the series.'''
+    '''
+    Edits that belong together: one commit of the series, unless it is
+    @private and only serves the harness.
+    '''
     subject: str
     edits: Tuple[Edit, ...]
+    private: bool = False
+
+
+def version(text: str) -> Tuple[int, ...]:
+    '''QEMU's version @text, '11.1.1', in a form that compares.'''
+    return tuple(map(int, re.findall(r'\d+', text)))
 
 
 def _edit(where: str, raw: Mapping[str, Any]) -> Edit:
     places = [place for place in PLACES if place in raw]
-    unknown = set(raw) - {'file', 'match', 'count', 'layout', *PLACES}
+    unknown = set(raw) - {'file', 'match', 'count', 'layout', 'since',
+                          *PLACES}
     if len(places) != 1 or unknown or not {'file', 'match'} <= set(raw):
         raise SeriesError(
             f'{where}: an edit has file, match and one of '
@@ -64,7 +76,8 @@ def _edit(where: str, raw: Mapping[str, Any]) -> Edit:
                           f'found {raw["layout"]}')
     return Edit(file=raw['file'], pattern=raw['match'], place=places[0],
                 text=raw[places[0]], count=raw.get('count', 1),
-                layout=raw.get('layout'))
+                layout=raw.get('layout'),
+                since=version(str(raw.get('since', ''))))
 
 
 def load(path: Path = EDITS) -> List[Patch]:
@@ -72,7 +85,8 @@ def load(path: Path = EDITS) -> List[Patch]:
     raw = yaml.safe_load(path.read_text(encoding='utf-8'))
     return [Patch(patch['subject'],
                   tuple(_edit(f'{path.name}: {patch["subject"]}', edit)
-                        for edit in patch['edits']))
+                        for edit in patch['edits']),
+                  private=patch.get('private', False))
             for patch in raw['patches']]
 
 

@@ -74,8 +74,7 @@ def find_emulators() -> Dict[str, str]:
 def prepare() -> Bench:
     '''Apply the series to a copy of the QEMU tree and find emulators.'''
     source = tree.obtain(BUILD / 'downloads', say)
-    version = (source / 'VERSION').read_text('utf-8').strip()
-    folder = BUILD / f'qemu-{version}'
+    folder = BUILD / f'qemu-{tree.version_of(source)}'
     changed = apply(source, folder / 'tree', edits.load())
     where = os.environ.get('QEMU_BIN')
     return Bench(folder=folder,
@@ -142,7 +141,7 @@ def _listed(bench: Bench, env: Dict[str, str]) -> Dict[str, str]:
             for test in json.loads(tests)}
 
 
-def _select(listed: Dict[str, str], ours: Sequence[str]) -> List[str]:
+def select(listed: Dict[str, str], ours: Sequence[str]) -> List[str]:
     '''
     The tests to run: those that TESTS names (patterns, separated by
     spaces), all with ALL=1, else ours.  Raises SeriesError if a pattern
@@ -219,7 +218,11 @@ def _not_listed(bench: Bench, listed: Dict[str, str]) -> Count:
     return count
 
 
-def _report(count: Count, strict: bool) -> int:
+def report(count: Count, strict: bool) -> int:
+    '''
+    Print what was skipped and what failed, and the summary as the last
+    line.  Returns the exit status; with @strict a skip is a failure.
+    '''
     for name, why in count.skips:
         say(f'skipped: {name}: {why}')
     for problem in count.problems:
@@ -227,8 +230,8 @@ def _report(count: Count, strict: bool) -> int:
     bad = bool(count.failed) or not count.passed + count.skipped
     if count.skipped and strict:
         bad = True
-        say('a skipped test of ours is no success: build the images with '
-            '\'make images\', or accept it with MKOSI_ALLOW_SKIP=1')
+        say('a skipped test of ours is no success: mend the reason (images '
+            'are built by \'make images\') or set MKOSI_ALLOW_SKIP=1')
     say(count.summary())
     return int(bad)
 
@@ -245,13 +248,13 @@ def check() -> int:
     env = environment()
     _configure(bench, env)
     listed = _listed(bench, env)
-    names = _select(listed, bench.ours)
+    names = select(listed, bench.ours)
     ours = [name for name in names if listed[name] in bench.ours]
     count = Count()
     if not os.environ.get('TESTS'):
         count.add(_not_listed(bench, listed))
-    say(f'QEMU {bench.folder.name[len("qemu-"):]}, {len(names)} tests, '
-        f'log and JUnit: {bench.build / "meson-logs"}, {REPORT}')
+    say(f'QEMU {bench.folder.name[len("qemu-"):]}, tests: {len(names)}, '
+        f'log: {bench.build / "meson-logs/testlog.txt"}, JUnit: {REPORT}')
     skipped_ours = count.skipped
     if names:
         _precache(bench, ours, env)
@@ -261,8 +264,8 @@ def check() -> int:
             name = record['name'].split(' / ')[-1].split(':')[-1]
             if name in ours:
                 skipped_ours += result.skipped
-    return _report(count, strict=skipped_ours > 0
-                   and os.environ.get('MKOSI_ALLOW_SKIP') != '1')
+    return report(count, strict=skipped_ours > 0
+                  and os.environ.get('MKOSI_ALLOW_SKIP') != '1')
 
 
 def run_file(file: str, args: Sequence[str]) -> int:

@@ -71,8 +71,7 @@ def _lint_functional(copy: Path, paths: List[str]) -> bool:
 def lint() -> int:
     '''Run all checks, print what they say; returns 0 if all pass.'''
     source = tree.obtain(functional.BUILD / 'downloads', functional.say)
-    version = (source / 'VERSION').read_text('utf-8').strip()
-    copy = functional.BUILD / f'qemu-{version}' / 'tree'
+    copy = functional.BUILD / f'qemu-{tree.version_of(source)}' / 'tree'
     changed = apply(source, copy, edits.load())
     ours = our_files()
     good = _lint_here()

@@ -9,6 +9,7 @@ source index), and nothing half-made ever has a final name.
 
 from dataclasses import dataclass
 import hashlib
+from http.client import HTTPException
 import os
 from pathlib import Path
 import re
@@ -30,8 +31,8 @@ KEYRINGS = ('/usr/share/keyrings/debian-archive-keyring.gpg',
             '/usr/share/keyrings/debian-archive-keyring.pgp')
 # What QEMU's functional tests, and we, use of QEMU's tree
 PARTS = ('VERSION', 'MAINTAINERS', 'pythondeps.toml', 'python', 'scripts',
-         'tests/functional', 'tests/Makefile.include', 'docs/devel/testing',
-         '.gitlab-ci.d')
+         'tests/functional', 'tests/data', 'tests/Makefile.include',
+         'docs/devel/testing', '.gitlab-ci.d')
 TIMEOUT = 30    # seconds without a byte from a mirror
 
 Say = Callable[[str], None]
@@ -66,6 +67,11 @@ def layout(tree: Path) -> str:
     if (tree / 'tests/functional/x86_64/meson.build').is_file():
         return 'folders'
     return 'flat'
+
+
+def version_of(tree: Path) -> str:
+    '''The version that the QEMU tree @tree says it is, as '11.1.1'.'''
+    return (tree / 'VERSION').read_text(encoding='utf-8').strip()
 
 
 def mirrors() -> List[str]:
@@ -126,7 +132,7 @@ def fetch(tarball: Tarball, bases: List[str], dest: Path) -> List[str]:
             _fetch_from(url, tarball, part)
             part.replace(dest)
             return problems
-        except (OSError, ValueError) as problem:
+        except (OSError, HTTPException, ValueError) as problem:
             problems.append(f'{url}: {problem}')
         finally:
             part.unlink(missing_ok=True)
@@ -182,7 +188,7 @@ def _apt(state: Path, mirror: str, *args: str) -> None:
         stderr=subprocess.PIPE, encoding='utf-8')
 
 
-def _version(name: str) -> Tuple[int, ...]:
+def version_in(name: str) -> Tuple[int, ...]:
     '''The version in a source tarball's file name, empty if it has none.'''
     match = re.match(r'qemu_(\d+(?:\.\d+)+)', name)
     return tuple(map(int, match.group(1).split('.'))) if match else ()
@@ -206,7 +212,7 @@ def fetch_signed(mirror: str, folder: Path) -> Path:
                 f'{mirror} ({SUITE}, signed source index): '
                 f'{getattr(error, "stderr", error)}') from error
         found = sorted(state.glob('qemu_*.orig.tar.*'))
-        if not found or _version(found[0].name) < OLDEST:
+        if not found or version_in(found[0].name) < OLDEST:
             raise SeriesError(
                 f'{mirror} ({SUITE}, signed source index): expected QEMU '
                 f'10.0 or newer, found {[path.name for path in found]}')
@@ -216,8 +222,8 @@ def fetch_signed(mirror: str, folder: Path) -> Path:
 def _ready(folder: Path) -> Optional[Path]:
     '''The newest tree that an earlier run has unpacked in @folder.'''
     trees = [path for path in folder.glob('qemu_*')
-             if path.is_dir() and _version(path.name)]
-    return max(trees, key=lambda path: _version(path.name), default=None)
+             if path.is_dir() and version_in(path.name)]
+    return max(trees, key=lambda path: version_in(path.name), default=None)
 
 
 def _fetch_any(bases: List[str], folder: Path, say: Say,
@@ -267,7 +273,7 @@ def obtain(folder: Path, say: Say,
         return ready
     tarball = _fetch_any(mirrors(), folder, say,
                          locked() if tarballs is None else tarballs)
-    version = '.'.join(map(str, _version(tarball.name)))
+    version = '.'.join(map(str, version_in(tarball.name)))
     tree = folder / f'qemu_{version}'
     unpack(tarball, tree)
     tarball.unlink()

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+#
+#   make images   build the images of this host's architecture, boot one
+#   make check    all checks and tests, on the images
+
+ARCH := $(shell uname -m)
+PYTHON := build/venv/bin/python
+BUILDER := $(PYTHON) scripts/mkosi-build.py
+TERMINAL := $(shell test -t 0 || echo '< /dev/null')
+
+# Steps of one goal build upon each other
+.NOTPARALLEL:
+.PHONY: images check setup lint unit build check-functional bench clean
+
+images: build
+	$(BUILDER) $(ARCH) debian-min --boot $(TERMINAL)
+
+check: lint unit build check-functional
+
+setup:
+	@series/setup.sh
+
+lint: setup
+	$(PYTHON) -m series lint
+
+unit: setup
+	$(PYTHON) -m pytest tests/mkosi
+
+# A locked package may have left all mirrors by now
+build: setup
+	$(BUILDER) $(ARCH) --allow-newer
+
+check-functional: setup
+	@$(PYTHON) -m series check
+
+bench: setup
+	$(PYTHON) tests/mkosi/bench.py
+
+clean:
+	rm -rf build
