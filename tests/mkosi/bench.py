@@ -1,0 +1,404 @@
+#!/usr/bin/env python3
+#
+# SPDX-License-Identifier: GPL-2.0-or-later
+'''
+Benchmark: how long images take to boot, to build and to be found, each as a
+ratio to a baseline that is measured in the same run, turn by turn, since
+absolute times depend on the machine and on what else it does.
+
+Prints a table, and with --json FILE writes the same as JSON. Exits with 1
+if a ratio is over its bar. What a bar is and where it comes from stands
+beside it in the code.
+'''
+
+import argparse
+import json
+import os
+import platform
+import re
+import selectors
+import shutil
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Callable, Dict, List, Optional, Sequence
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / 'scripts'))
+
+# pylint: disable=wrong-import-position
+from mkosi_build import (  # noqa: E402
+    build, registry, repository, resolve, tools)
+from mkosi_build.cache import (  # noqa: E402
+    Cache, remove_tree, sha256_file)
+from mkosi_build.error import BuildError  # noqa: E402
+from mkosi_build.report import Report  # noqa: E402
+
+BUILDER = ROOT / 'scripts' / 'mkosi-build.py'
+IMAGE = 'debian-min'
+MARKER = 'FLOOR-IS-HERE'
+GIB = 1 << 30
+# Seconds until a boot counts as failed
+PATIENCE = 120
+
+# The peer: what QEMU's aarch64 hotplug_pci test boots today
+PEER = 'debian-installer-13-netboot-amd64'
+PEER_FILES = ('usr/lib/debian-installer/images/13/amd64/text/'
+              'debian-installer/amd64')
+PEER_SHELL = '~ # '
+
+
+@dataclass(frozen=True)
+class Row:
+    '''One measure: seconds or bytes, or a ratio to a baseline and its bar.'''
+    name: str
+    value: float
+    unit: str
+    baseline: str = ''
+    ratio: Optional[float] = None
+    bar: Optional[float] = None
+    spread: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        '''Whether the measure is within its bar, if it has one.'''
+        found = self.value if self.ratio is None else self.ratio
+        return self.bar is None or found <= self.bar
+
+
+def newc(path: str, mode: int, data: bytes) -> bytes:
+    '''One member of a cpio archive of the form that the kernel takes.'''
+    name = path.encode() + b'\0'
+    head = '070701' + ''.join(f'{n:08x}' for n in (
+        1, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(name), 0))
+    member = head.encode() + name
+    member += b'\0' * (-len(member) % 4) + data
+    return member + b'\0' * (-len(member) % 4)
+
+
+def floor_initrd(path: Path) -> None:
+    '''
+    An initrd with nothing but a static program that writes a marker and
+    sleeps: what the kernel alone takes. x86_64 machine code, so that no
+    compiler is needed: write(1, text, length), then pause() for ever.
+    '''
+    text = f'\n{MARKER}\n'.encode()
+    base, head = 0x400000, 64 + 56
+    code_size = 43
+    code = (b'\xb8\x01\x00\x00\x00'                      # mov eax, 1
+            b'\xbf\x01\x00\x00\x00'                      # mov edi, 1
+            + b'\x48\xbe' + struct.pack('<Q', base + head + code_size)
+            + b'\xba' + struct.pack('<I', len(text))     # mov edx, length
+            + b'\x0f\x05'                                # syscall
+            b'\xb8\x22\x00\x00\x00'                      # mov eax, 34
+            b'\x0f\x05'                                  # syscall
+            b'\xeb\xf7').ljust(code_size, b'\x90')       # jmp to mov
+    size = head + len(code) + len(text)
+    elf = struct.pack('<16sHHIQQQIHHHHHH', b'\x7fELF\x02\x01\x01', 2, 62, 1,
+                      base + head, 64, 0, 0, 64, 56, 1, 0, 0, 0)
+    elf += struct.pack('<IIQQQQQQ', 1, 5, 0, base, base, size, size, 4096)
+    path.write_bytes(newc('init', 0o100755, elf + code + text)
+                     + newc('TRAILER!!!', 0, b''))
+
+
+def boot_seconds(arguments: Sequence[str], markers: Sequence[str]) -> float:
+    '''
+    Seconds from the start of QEMU until the last of @markers, one after
+    the other, is on the console.
+    '''
+    command = ['qemu-system-x86_64', '-machine', 'q35', '-accel', 'tcg',
+               '-m', '512', '-nographic', '-no-reboot', '-nic', 'none',
+               *arguments]
+    start = time.monotonic()
+    wanted = [marker.encode() for marker in markers]
+    seen = b''
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT) as process, \
+            selectors.DefaultSelector() as selector:
+        assert process.stdout
+        selector.register(process.stdout, selectors.EVENT_READ)
+        try:
+            while selector.select(max(0, start + PATIENCE
+                                      - time.monotonic())):
+                chunk = os.read(process.stdout.fileno(), 4096)
+                if not chunk:
+                    break
+                seen += chunk
+                while wanted and wanted[0] in seen:
+                    seen = seen.partition(wanted.pop(0))[2]
+                if not wanted:
+                    return time.monotonic() - start
+        finally:
+            process.kill()
+    raise SystemExit(f'{" ".join(command)}: no {wanted[0]!r} on the '
+                     f'console; last was:\n{seen[-2000:].decode()}')
+
+
+def in_turns(measures: Dict[str, Callable[[], float]],
+             rounds: int) -> Dict[str, List[float]]:
+    '''Measure each of @measures @rounds times, turn by turn.'''
+    found: Dict[str, List[float]] = {name: [] for name in measures}
+    for _ in range(rounds):
+        for name, measure in measures.items():
+            found[name].append(measure())
+    return found
+
+
+def rows_of(found: Dict[str, List[float]], baseline: str,
+            bars: Dict[str, float]) -> List[Row]:
+    '''Medians as rows; the ratio is that of the medians.'''
+    floor = statistics.median(found[baseline])
+    rows = []
+    for name, seconds in found.items():
+        median = statistics.median(seconds)
+        rows.append(Row(
+            name, median, 's', '' if name == baseline else baseline,
+            None if name == baseline else median / floor, bars.get(name),
+            (max(seconds) - min(seconds)) / median))
+    return rows
+
+
+def peer_folder(cache: Cache, report: Report, work: Path) -> Optional[Path]:
+    '''The installer's kernel and initrd, None where they can't be had.'''
+    definition = work / 'peer'
+    definition.mkdir()
+    (definition / 'mkosi.conf').write_text(
+        '[Distribution]\nDistribution=debian\nRelease=trixie\n'
+        f'[Content]\nPackages={PEER}\n')
+    store = build.Builder(cache, report).store
+    try:
+        lock = resolve.tools_lock(definition, 'x86_64', cache, report)
+        package, = (p for p in lock.packages if p.name == PEER)
+        store.fetch([package], 'debian', 'the peer')
+    except BuildError as e:
+        print(f'the peer is left out: {e}', file=sys.stderr)
+        return None
+    subprocess.run(['dpkg-deb', '--extract', store.path(package),
+                    definition], check=True)
+    return definition / PEER_FILES
+
+
+def bench_boot(job: build.Job, result: build.Result, peer: Optional[Path],
+               work: Path, rounds: int) -> List[Row]:
+    '''Boot to the prompt, beside the same kernel with nothing to do.'''
+    boot, budget = job.target.boot, job.target.budget
+    paths = {kind: str(built.path)
+             for kind, built in result.artefacts.items()}
+    floor_initrd(work / 'floor.cpio')
+    markers = (boot.ready, boot.prompt)
+    cmdline = ' '.join(boot.cmdline)
+    with_disk = ' '.join((*boot.cmdline, *boot.disk_cmdline))
+    kernel = ['-kernel', paths['kernel']]
+    image = [*kernel, '-initrd', paths['initrd']]
+    disk = ['-drive', 'if=none,id=disk,format=qcow2,snapshot=on,'
+            f'file={paths["disk"]}',
+            '-device', f'{boot.disk_device},drive=disk']
+    measures: Dict[str, Callable[[], float]] = {
+        'floor': lambda: boot_seconds(
+            [*kernel, '-initrd', str(work / 'floor.cpio'),
+             '-append', f'console={boot.console}'], [MARKER]),
+        'initrd': lambda: boot_seconds(
+            [*image, '-append', cmdline], markers),
+        'disk': lambda: boot_seconds(
+            [*image, *disk, '-append', with_disk], markers)}
+    if peer:
+        measures['peer floor'] = lambda: boot_seconds(
+            ['-kernel', f'{peer}/linux', '-initrd',
+             str(work / 'floor.cpio'), '-append', 'console=ttyS0'],
+            [MARKER])
+        measures['peer'] = lambda: boot_seconds(
+            ['-kernel', f'{peer}/linux', '-initrd', f'{peer}/initrd.gz',
+             '-append', 'console=ttyS0 BOOT_DEBUG=3'], [PEER_SHELL])
+    found = in_turns(measures, rounds)
+    rows = rows_of({k: v for k, v in found.items() if 'peer' not in k},
+                   'floor', {'initrd': budget.initrd_boot_ratio,
+                             'disk': budget.disk_boot_ratio})
+    if peer:
+        rows += rows_of({k: v for k, v in found.items() if 'peer' in k},
+                        'peer floor', {})
+    return [Row(f'boot: {row.name}', row.value, row.unit, row.baseline,
+                row.ratio, row.bar, row.spread) for row in rows]
+
+
+def bench_bytes(job: build.Job, result: build.Result,
+                peer: Optional[Path]) -> List[Row]:
+    '''What a test has to fetch.'''
+    sizes = {kind: built.size for kind, built in result.artefacts.items()}
+    budget = job.target.budget
+    both = sizes['kernel'] + sizes['initrd']
+    rows = [Row('bytes: kernel + initrd', both, 'B',
+                bar=budget.kernel_initrd_bytes),
+            Row('bytes: disk', sizes['disk'], 'B', bar=budget.disk_bytes)]
+    if peer:
+        rows.append(Row('bytes: peer kernel + initrd', sum(
+            (peer / name).stat().st_size for name in ('linux', 'initrd.gz')),
+            'B'))
+    return rows
+
+
+def timed(command: Sequence[str], env: Dict[str, str]) -> float:
+    '''The seconds that @command takes.'''
+    start = time.monotonic()
+    subprocess.run(command, env={**os.environ, **env}, check=True,
+                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return time.monotonic() - start
+
+
+def bench_build(job: build.Job, cache: Cache, report: Report, work: Path,
+                rounds: int) -> List[Row]:
+    '''
+    The command, from empty caches, with packages at hand, and with nothing
+    to do; beside mkosi by itself on the same definition and tools tree,
+    with the same packages in a local repository.
+    '''
+    env = {'QEMU_MKOSI_DIR': str(work / 'mkosi'),
+           'QEMU_TEST_CACHE_DIR': str(work / 'qemu')}
+    command = [sys.executable, str(BUILDER), 'x86_64', IMAGE]
+    cold = timed(command, env)
+
+    store = build.Builder(cache, report).store
+    tree = tools.ensure(job.tool_lock, cache, store, report)
+    repo = work / 'repository'
+    repo.mkdir()
+    store.fetch(job.lock.packages, 'debian', IMAGE)
+    repository.make(job.lock, store, repo)
+
+    def plain() -> float:
+        folder = work / 'plain'
+        folder.mkdir()
+        start = time.monotonic()
+        build.run_mkosi(job, tree, folder, work / 'plain.log',
+                        f'file://{repo}', [])
+        took = time.monotonic() - start
+        remove_tree(folder)
+        return took
+
+    def cached() -> float:
+        shutil.rmtree(work / 'mkosi/images')
+        return timed(command, env)
+
+    found = in_turns({'plain mkosi': plain, 'packages cached': cached},
+                     rounds)
+    nothing = [timed(command, env) for _ in range(5)]
+    rows = rows_of(found, 'plain mkosi', {'packages cached': 1.1})
+    rows.append(Row('cold', cold, 's', 'plain mkosi',
+                    cold / statistics.median(found['plain mkosi'])))
+    rows.append(Row('nothing changed', statistics.median(nothing), 's',
+                    bar=0.5, spread=(max(nothing) - min(nothing))
+                    / statistics.median(nothing)))
+    return [Row(f'build: {row.name}', row.value, row.unit, row.baseline,
+                row.ratio, row.bar, row.spread) for row in rows]
+
+
+# Runs inside QEMU's framework. The registry is the real one: a hit needs
+# the hash of the file, so an override gives the artefacts that of the file
+FETCH = '''
+import sys, time
+from qemu_test import Asset, MkosiAsset
+assets = {'Asset': Asset('bench', sys.argv[1]),
+          'MkosiAsset': MkosiAsset('debian-min', arch='x86_64')}
+for asset in assets.values():
+    asset.fetch()
+for _ in range(5):
+    for name, asset in assets.items():
+        start = time.perf_counter()
+        asset.fetch()
+        print(name, time.perf_counter() - start)
+'''
+
+
+def bench_fetch(tree: Path, work: Path) -> List[Row]:
+    '''A hit in the cache, of 1 GiB, the second time and later.'''
+    cache = work / 'fetch'
+    (cache / 'download').mkdir(parents=True)
+    blob = cache / 'blob'
+    with open(blob, 'wb') as file:
+        for number in range(GIB >> 20):
+            file.write(number.to_bytes(8, 'little') * (1 << 17))
+    digest = sha256_file(blob)
+    os.replace(blob, cache / 'download' / digest)
+    artefact = {'sha256': digest, 'size': GIB}
+    override = cache / 'override.json'
+    override.write_text(json.dumps({
+        'schema': 1, 'images': {IMAGE: {'x86_64': {
+            'identity': digest, 'locked': False,
+            'artefacts': {kind: artefact
+                          for kind in ('kernel', 'initrd', 'disk')}}}}}))
+    env = {**os.environ, 'QEMU_TEST_CACHE_DIR': str(cache),
+           'QEMU_TEST_MKOSI_OVERRIDE': str(override),
+           'QEMU_BUILD_ROOT': str(work), 'MESON_BUILD_ROOT': str(work),
+           'PYTHONPATH': f'{tree}/python:{tree}/tests/functional'}
+    told = subprocess.run([sys.executable, '-c', FETCH, digest], env=env,
+                          stdout=subprocess.PIPE, text=True, check=True)
+    found: Dict[str, List[float]] = {'Asset': [], 'MkosiAsset': []}
+    for name, seconds in re.findall(r'^(\w+) (\S+)$', told.stdout, re.M):
+        found[name].append(float(seconds))
+    return [Row(f'fetch() of 1 GiB: {row.name}', row.value, row.unit,
+                row.baseline, row.ratio, row.bar, row.spread)
+            for row in rows_of(found, 'Asset', {'MkosiAsset': 1 / 50})]
+
+
+def table(rows: Sequence[Row]) -> str:
+    '''@rows for a person.'''
+    lines = [f'{"MEASURE":30} {"MEDIAN":>12} {"SPREAD":>7} {"RATIO":>8} '
+             f'{"BAR":>12}  BASELINE']
+    for row in rows:
+        value = (f'{row.value:.4f} s' if row.unit == 's'
+                 else f'{row.value / 1e6:.2f} MB')
+        bar = ''
+        if row.bar is not None:
+            bar = (f'{row.bar / 1e6:.2f} MB' if row.unit == 'B'
+                   else f'{row.bar:g}{"" if row.ratio else " s"}')
+        ratio = '' if row.ratio is None else f'{row.ratio:.4g}'
+        lines.append(f'{row.name:30} {value:>12} {row.spread:>7.0%} '
+                     f'{ratio:>8} {bar:>12}  {row.baseline}'
+                     f'{"" if row.passed else "  OVER ITS BAR"}')
+    return '\n'.join(lines)
+
+
+def parse_arguments() -> argparse.Namespace:
+    '''What to measure.'''
+    parser = argparse.ArgumentParser(
+        description='Measure boots, builds and look-ups of ' + IMAGE)
+    parser.add_argument('--tree', type=Path, required=True,
+                        help='a QEMU tree with the series applied')
+    parser.add_argument('--json', type=Path, help='write the results here')
+    parser.add_argument('--rounds', type=int, default=7,
+                        help='boots each (default: %(default)s)')
+    parser.add_argument('--builds', type=int, default=3,
+                        help='builds each (default: %(default)s)')
+    return parser.parse_args()
+
+
+def main() -> int:
+    '''Measure, tell, compare with the bars.'''
+    arguments = parse_arguments()
+    cache, report = Cache(), Report()
+    known = registry.load(registry.DEFAULT)
+    job = build.prepare(known, known.image(IMAGE), 'x86_64')
+    result = build.Builder(cache, report).build(job, compare=True)
+    with tempfile.TemporaryDirectory(dir=cache.root) as name:
+        work = Path(name)
+        peer = peer_folder(cache, report, work)
+        rows = bench_boot(job, result, peer, work, arguments.rounds)
+        rows += bench_bytes(job, result, peer)
+        rows += bench_fetch(arguments.tree, work)
+        rows += bench_build(job, cache, report, work, arguments.builds)
+    print(table(rows))
+    if arguments.json:
+        arguments.json.write_text(json.dumps({
+            'machine': {'cpus': os.cpu_count(), 'load': os.getloadavg(),
+                        'system': platform.platform()},
+            'rows': [{**asdict(row), 'passed': row.passed}
+                     for row in rows]}, indent=1) + '\n')
+    return 0 if all(row.passed for row in rows) else 1
+
+
+if __name__ == '__main__':
+    sys.exit(main())
