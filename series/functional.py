@@ -59,10 +59,15 @@ def find_emulators() -> Dict[str, str]:
     where = os.environ.get('QEMU_BIN') or os.environ.get('PATH', '')
     found: Dict[str, str] = {}
     for folder in where.split(os.pathsep):
-        for path in sorted(Path(folder or '.').glob('qemu-system-*')):
-            match = _EMULATOR.match(path.name)
+        try:
+            names = sorted(os.listdir(folder or '.'))
+        except OSError:
+            continue
+        for name in names:
+            path = os.path.abspath(os.path.join(folder, name))
+            match = _EMULATOR.match(name)
             if match and os.access(path, os.X_OK):
-                found.setdefault(match[1], str(path.absolute()))
+                found.setdefault(match[1], path)
     if not found:
         raise SeriesError(
             f'no emulator: expected qemu-system-* in {where}, found none',

@@ -61,8 +61,11 @@ def _result(count: Count, match: 're.Match[str]') -> None:
         count.passed += 1
 
 
-def parse(text: str) -> Count:
-    '''Count the subtests of the TAP stream @text.'''
+def parse(text: str, ended: bool = True) -> Count:
+    '''
+    Count the subtests of the TAP stream @text, which must be whole if the
+    test @ended by itself.
+    '''
     count = Count()
     seen = 0
     plan: Optional[int] = None
@@ -78,7 +81,9 @@ def parse(text: str) -> Count:
             _result(count, result)
         elif line.startswith('Bail out!'):
             count.problem(line)
-    if plan is None:
+    if not ended:
+        count.problem('timed out, its processes were killed')
+    elif plan is None:
         count.problem('no plan: the test did not end by itself')
     elif plan != seen:
         count.problem(f'{plan} subtests planned, {seen} ran')
@@ -90,10 +95,8 @@ def judge(text: str, result: str, returncode: int) -> Count:
     Count the subtests of one test, which meson ended with @result ('OK',
     'FAIL', 'TIMEOUT', ...) and @returncode.
     '''
-    count = parse(text)
-    if result == 'TIMEOUT':
-        count.problem('timed out, its processes were killed')
-    elif not count.failed and returncode != 0:
+    count = parse(text, ended=result != 'TIMEOUT')
+    if not count.failed and returncode != 0:
         count.problem(f'ended with status {returncode}')
     elif not count.failed and result not in ('OK', 'SKIP'):
         count.problem(f'meson says {result}')

@@ -83,13 +83,13 @@ def mirrors() -> List[str]:
     if shutil.which('apt-get'):
         targets = subprocess.run(
             ['apt-get', 'indextargets', '--format',
-             '$(ORIGIN)|$(REPO_URI)', 'Identifier: Packages'],
+             '$(LABEL)|$(REPO_URI)', 'Identifier: Packages'],
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             encoding='utf-8', check=False).stdout
         for line in targets.splitlines():
-            origin, _, uri = line.partition('|')
-            # Without an index, apt does not know the origin
-            if origin in ('', 'Debian') and uri.startswith(('http', 'file')):
+            label, _, uri = line.partition('|')
+            # Without an index, apt does not know the label
+            if label in ('', 'Debian') and uri.startswith(('http', 'file')):
                 found.append(uri)
     return list(dict.fromkeys(uri.rstrip('/') for uri in found))
 
