@@ -60,7 +60,8 @@ make_venv() {
     rm -rf "$venv"
     "$python" -m venv "$venv"
     "$venv/bin/python" -m pip install --quiet \
-        --disable-pip-version-check --requirement "$here/requirements.txt"
+        --disable-pip-version-check --no-warn-script-location \
+        --requirement "$here/requirements.txt"
     printf '%s\n' "$wanted" > "$venv/made-for"
 }
 

@@ -536,3 +536,95 @@ def test_masked_node_is_refused(tmp_path: Path) -> None:
     assert subprocess.run(kvm.masked(probe, tmp_path),
                           check=False).returncode == 0
     assert subprocess.run(probe, check=False).returncode == 1
+
+
+# Setting the host up
+
+STUB = '''#!/bin/sh
+echo "${0##*/} $*" >> "$LOG"
+case "$*" in
+"-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+esac
+'''
+
+
+class Host:
+    '''
+    A host whose Python, apt-get and id are stubs that write down what is
+    asked of them, with a copy of setup.sh.
+    '''
+    def __init__(self, folder: Path, lacks: str, uid: int) -> None:
+        self.log = folder / 'log'
+        self.series = folder / 'series'
+        self.venv = folder / 'build/venv'
+        self.bin = folder / 'bin'
+        self.bin.mkdir()
+        self.series.mkdir()
+        for name in ('setup.sh', 'requirements.txt'):
+            shutil.copy(apply.ROOT / 'series' / name, self.series)
+        for name in ('sh', 'cat', 'cksum', 'cp', 'dirname', 'mkdir', 'rm',
+                     'sed', 'sort', 'tr'):
+            (self.bin / name).symlink_to(shutil.which(name) or name)
+        for name in ('python3', 'apt-get', 'dpkg-deb', 'git', 'make', 'perl',
+                     'tar', 'unshare', 'xz', 'qemu-img',
+                     'qemu-system-x86_64'):
+            if name != lacks:
+                self.stub(name, STUB)
+        self.stub('id', f'#!/bin/sh\necho {uid}\n')
+
+    def stub(self, name: str, text: str) -> None:
+        '''Make the program @name.'''
+        (self.bin / name).write_text(text, encoding='utf-8')
+        (self.bin / name).chmod(0o755)
+
+    def setup(self) -> 'subprocess.CompletedProcess[str]':
+        '''Run setup.sh; self.log is what it did this time.'''
+        self.log.write_text('', encoding='utf-8')
+        return subprocess.run(
+            [str(self.series / 'setup.sh')], check=False,
+            env={'PATH': str(self.bin), 'LOG': str(self.log)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            encoding='utf-8')
+
+    def made_venv(self) -> bool:
+        '''Whether that run made the virtual environment.'''
+        return '-m venv' in self.log.read_text(encoding='utf-8')
+
+
+def test_setup_of_a_user_says_what_root_has_to_run(tmp_path: Path) -> None:
+    '''One line, a failure, and nothing done.'''
+    host = Host(tmp_path, lacks='xz', uid=1000)
+    result = host.setup()
+    assert result.returncode == 4
+    assert result.stdout.splitlines()[-1].split()[:2] == ['apt-get',
+                                                          'install']
+    assert 'xz-utils' in result.stdout
+    assert not host.venv.exists()
+    assert 'apt-get' not in host.log.read_text(encoding='utf-8')
+
+
+def test_setup_of_root_installs(tmp_path: Path) -> None:
+    '''An update first, then what is missing.'''
+    host = Host(tmp_path, lacks='qemu-img', uid=0)
+    result = host.setup()
+    assert result.returncode == 0, result.stdout
+    asked = [line for line in host.log.read_text('utf-8').splitlines()
+             if line.startswith('apt-get')]
+    assert asked[0].startswith('apt-get update')
+    assert asked[1].startswith('apt-get install') and 'qemu-utils' in asked[1]
+    assert host.made_venv()
+
+
+def test_setup_does_nothing_twice(tmp_path: Path) -> None:
+    '''It makes the environment anew if, and only if, that is not whole.'''
+    host = Host(tmp_path, lacks='', uid=1000)
+    assert host.setup().returncode == 0 and host.made_venv()
+    assert host.setup().returncode == 0 and not host.made_venv()
+    with (host.series / 'requirements.txt').open('a') as requirements:
+        requirements.write('one-more==1.0\n')
+    assert host.setup().returncode == 0 and host.made_venv()
+    (host.venv / 'bin/python').unlink()
+    assert host.setup().returncode == 0 and host.made_venv()
+    (host.venv / 'made-for').unlink()
+    assert host.setup().returncode == 0 and host.made_venv()
+    assert host.setup().returncode == 0 and not host.made_venv()
