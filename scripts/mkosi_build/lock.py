@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Dict, List, Sequence, Tuple
 
@@ -32,6 +32,11 @@ _WORD = re.compile(r'[A-Za-z0-9][A-Za-z0-9._+~:-]*')
 
 class LockError(InputError):
     '''A lock that can't be used; the message begins with file and line.'''
+
+    def __init__(self, message: str, *,
+                 next_step: str = 'restore the lock from version control, or '
+                 'make it anew with --update-lock') -> None:
+        super().__init__(message, next_step=next_step)
 
 
 @dataclass(frozen=True, order=True)
@@ -66,7 +71,7 @@ class Lock:
     @property
     def digest(self) -> str:
         '''The digest of all that decides bytes: not of @definition.'''
-        text = render(self).replace(self.definition, '-')
+        text = render(replace(self, definition='-'))
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -93,10 +98,33 @@ def _parse_package(place: str, line: str) -> Package:
     for what, word in (('name', name), ('version', version)):
         if not _WORD.fullmatch(word):
             raise LockError(f'{place}: not a package {what}: {word!r}')
-    if not _LOCATION.fullmatch(location) or '..' in location.split('/'):
+    parts = location.split('/')
+    if (not _LOCATION.fullmatch(location)
+            or any(part in ('', '.', '..') for part in parts)):
         raise LockError(f'{place}: not a location below a repository: '
                         f'{location!r}')
     return Package(name, version, location, sha256, int(size))
+
+
+def _parse_packages(place: str, lines: Sequence[str]) -> List[Package]:
+    packages: List[Package] = []
+    seen: Dict[str, int] = {}
+    for number, line in enumerate(lines, len(HEADER) + 2):
+        package = _parse_package(f'{place}:{number}', line)
+        # Two downloads into one file would spoil each other
+        for key, what in (
+                (package.file_name, package.file_name),
+                (package.sha256, f'the SHA-256 of {package.name}')):
+            if key in seen:
+                raise LockError(f'{place}:{number}: {what} is already in '
+                                f'line {seen[key]}')
+            seen[key] = number
+        if packages and package < packages[-1]:
+            raise LockError(f'{place}:{number}: {package.name} is out of '
+                            f'order after {packages[-1].name}',
+                            next_step='sort the lines by name and version')
+        packages.append(package)
+    return packages
 
 
 def parse(text: str, place: str) -> Lock:
@@ -107,9 +135,8 @@ def parse(text: str, place: str) -> Lock:
     '''
     lines = text.splitlines()
     if not lines or lines[0] != f'# {FORMAT}':
-        found = lines[0] if lines else 'an empty file'
-        raise LockError(f'{place}:1: expected "# {FORMAT}", found {found!r}',
-                        next_step='make the lock anew with --update-lock')
+        found = repr(lines[0]) if lines else 'an empty file'
+        raise LockError(f'{place}:1: expected "# {FORMAT}", found {found}')
     header: Dict[str, str] = {}
     for number, key in enumerate(HEADER, 2):
         line = lines[number - 1] if len(lines) >= number else ''
@@ -118,22 +145,13 @@ def parse(text: str, place: str) -> Lock:
             raise LockError(f'{place}:{number}: expected "# {key}: ...", '
                             f'found {line!r}')
         header[key] = match.group(1)
+    if not _HASH.fullmatch(header['definition']):
+        raise LockError(f'{place}:2: expected a digest of 64 hex digits, '
+                        f'found {header["definition"]!r}')
     if not re.fullmatch(r'[0-9]{9,11}', header['epoch']):
         raise LockError(f'{place}:6: expected seconds since 1970, found '
                         f'{header["epoch"]!r}')
-    packages: List[Package] = []
-    files: Dict[str, int] = {}
-    for number, line in enumerate(lines[6:], 7):
-        package = _parse_package(f'{place}:{number}', line)
-        if packages and package <= packages[-1]:
-            raise LockError(f'{place}:{number}: {package.name} is out of '
-                            f'order after {packages[-1].name}',
-                            next_step='sort the lines by name and version')
-        if package.file_name in files:
-            raise LockError(f'{place}:{number}: {package.file_name} is '
-                            f'already in line {files[package.file_name]}')
-        files[package.file_name] = number
-        packages.append(package)
+    packages = _parse_packages(place, lines[len(HEADER) + 1:])
     if not packages:
         raise LockError(f'{place}: no packages')
     return Lock(header['definition'], header['distribution'],
@@ -143,6 +161,8 @@ def parse(text: str, place: str) -> Lock:
 
 def load(path: Path) -> Lock:
     '''The lock in the file @path. Raises LockError.'''
+    # Every image has one of this name
+    place = f'{path.parent.name}/{path.name}'
     try:
         text = path.read_text(encoding='utf-8')
     except FileNotFoundError as e:
@@ -150,8 +170,8 @@ def load(path: Path) -> Lock:
                         f'scripts/mkosi-build.py {path.stem} '
                         f'{path.parent.name} --update-lock') from e
     except (OSError, UnicodeDecodeError) as e:
-        raise LockError(f'{path}: {e}') from e
-    return parse(text, path.name)
+        raise LockError(f'{place}: {e}') from e
+    return parse(text, place)
 
 
 def diff(old: Sequence[Package], new: Sequence[Package]) -> List[str]:
@@ -195,7 +215,8 @@ def definition_files(folder: Path) -> List[Path]:
             if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
                 raise InputError(f'{path}: neither a file, a link nor a '
                                  'folder')
-            if path.suffix != '.lock':
+            # Of a killed writer's x86_64.lock.123.tmp too
+            if '.lock' not in path.suffixes:
                 files.append(path.relative_to(folder))
     return sorted(files)
 
