@@ -49,8 +49,6 @@ def _lint_here() -> bool:
 def _lint_functional(copy: Path, paths: List[str]) -> bool:
     config = f'--config={ROOT / "setup.cfg"}'
     pylintrc = copy / 'tests/functional/pylintrc'
-    if not pylintrc.is_file():
-        pylintrc = ROOT / 'setup.cfg'
     folders = os.pathsep.join(str(copy / name) for name in
                               ('python', 'tests/functional', 'scripts'))
     results = [
@@ -62,10 +60,13 @@ def _lint_functional(copy: Path, paths: List[str]) -> bool:
                       '--strict', '--allow-untyped-calls',
                       '--implicit-reexport', '--follow-imports=silent',
                       *paths),
-                cwd=copy, env={'MYPYPATH': folders}),
-        _passes('pylint, functional tests',
-                _tool('pylint', '--score=n', f'--rcfile={pylintrc}', *paths),
-                cwd=copy, env={'PYTHONPATH': folders})]
+                cwd=copy, env={'MYPYPATH': folders})]
+    # QEMU 10 has no rules for them
+    if pylintrc.is_file():
+        results.append(_passes(
+            'pylint, functional tests',
+            _tool('pylint', '--score=n', f'--rcfile={pylintrc}', *paths),
+            cwd=copy, env={'PYTHONPATH': folders}))
     return all(results)
 
 
@@ -82,10 +83,12 @@ def lint() -> int:
     if tests:
         good &= _lint_functional(copy, tests)
     if shutil.which('perl') and ours:
+        # It looks for MAINTAINERS in a commit's list of files
+        stat = ''.join(f' {name} | 1 +\n' for name in changed)
         good &= _passes('checkpatch', [
             'perl', str(copy / 'scripts/checkpatch.pl'), '--no-tree',
             '--no-signoff', '--quiet', '-'],
-            text=diff(source, changed))
+            text=f'{stat}\n{diff(source, changed)}')
     if shutil.which('shellcheck'):
         good &= _passes('shellcheck',
                         ['shellcheck', 'series/setup.sh', '.ci/run'])
