@@ -4,7 +4,6 @@ The command line: what a user may ask for, and the exit codes.
 '''
 
 import argparse
-import os
 import signal
 import sys
 from pathlib import Path
@@ -90,11 +89,17 @@ def parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
          'tests use it through an override file')
     mode('allow-newer', 'if a locked package is gone from every mirror, '
          'build with newer ones, for this machine alone')
-    mode('boot', 'boot the image on this terminal')
+    parser.add_argument('--boot', action='store_true',
+                        help='boot what was built, one image, on this '
+                        'terminal')
     parser.add_argument('--json', action='store_true',
                         help='tell events as JSON lines')
     parser.set_defaults(mode='build')
-    return parser.parse_intermixed_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.boot and (len(arguments.images) != 1 or arguments.mode
+                           in ('list', 'check', 'update-lock')):
+        parser.error('--boot takes one image, and a build')
+    return arguments
 
 
 class Command:
@@ -139,27 +144,29 @@ class Command:
 
     # -- Building -----------------------------------------------------------
 
-    def build(self) -> None:
+    def build(self) -> List[Result]:
         '''Build what is recorded, and compare.'''
-        for job in self.jobs():
-            self.tell(self._build_recorded(job))
+        return [self._build_recorded(job) for job in self.jobs()]
 
     def _build_recorded(self, job: Job) -> Result:
         self._require_agreement(job)
         result = self.builder.build(job, compare=True)
         override.remove(self.cache, job.image.name, self.arch)
+        self.tell(result)
         return result
 
-    def allow_newer(self) -> None:
+    def allow_newer(self) -> List[Result]:
         '''Build what is recorded, or unlocked where its packages left.'''
+        results = []
         for job in self.jobs():
             try:
-                self.tell(self._build_recorded(job))
+                results.append(self._build_recorded(job))
             except GoneError as e:
                 self.report.event('warning', f'{e.message}')
-                self._build_newer(job)
+                results.append(self._build_newer(job))
+        return results
 
-    def _build_newer(self, job: Job) -> None:
+    def _build_newer(self, job: Job) -> Result:
         newer = self._newer_job(job)
         result = self.builder.build(newer, compare=False)
         override.add(self.cache, result)
@@ -176,6 +183,7 @@ class Command:
                 (*newer.lock.packages, *newer.tool_lock.packages))),
             image=job.image.name, arch=self.arch)
         self._tell_override()
+        return result
 
     def _newer_job(self, job: Job) -> Job:
         '''@job with locks of what the mirrors have today.'''
@@ -211,49 +219,22 @@ class Command:
         for what, lock in ((TOOLS, job.tool_lock), (job.name, job.lock)):
             self.builder.store.fetch(lock.packages, lock.distribution, what)
 
-    def local(self) -> None:
+    def local(self) -> List[Result]:
         '''Build the tree as it is, for tests on this machine.'''
+        results = []
         for job in self.jobs():
             result = self.builder.build(job, compare=False)
             override.add(self.cache, result)
             self.tell(result)
+            results.append(result)
         self._tell_override()
+        return results
 
     def _tell_override(self) -> None:
         self.report.event(
             'override', 'Tests use it with:\n'
             f'    export QEMU_TEST_MKOSI_OVERRIDE={self.cache.override}',
             path=str(self.cache.override))
-
-    def boot(self) -> None:
-        '''Boot one image; what tests would use, built if need be.'''
-        jobs = self.jobs()
-        if len(jobs) != 1:
-            raise UsageError('--boot takes one image, found: '
-                             + ', '.join(job.image.name for job in jobs),
-                             next_step='name one')
-        job = jobs[0]
-        overridden = os.getenv('QEMU_TEST_MKOSI_OVERRIDE')
-        if overridden and Path(overridden) == self.cache.override:
-            result = self._find_overridden(job)
-        else:
-            result = self._build_recorded(job)
-        boot.boot(result)
-
-    def _find_overridden(self, job: Job) -> Result:
-        for candidate in (job, self._saved_newer(job)):
-            result = candidate and self.builder.find(candidate)
-            if result:
-                return result
-        return self._build_recorded(job)
-
-    def _saved_newer(self, job: Job) -> Optional[Job]:
-        folder = self.cache.root / 'newer' / job.identity
-        try:
-            return job.unlocked(locks.load(folder / 'image.lock'),
-                                locks.load(folder / 'tools.lock'))
-        except LockError:
-            return None
 
     def tell(self, result: Result) -> None:
         '''Tell where the artefacts of @result are.'''
@@ -334,8 +315,9 @@ class Command:
         self.report.event('checked', f'{checked} images for {self.arch}: '
                           'registry, locks and definitions agree')
 
-    def update(self) -> None:
+    def update(self) -> List[Result]:
         '''Build, and record what came out.'''
+        results = []
         for job in self.jobs():
             result = self.builder.build(job, compare=False)
             problem = _over_budget(job, {
@@ -346,6 +328,8 @@ class Command:
             with self.cache.lock('registry'):
                 self._record(result)
             override.remove(self.cache, job.image.name, self.arch)
+            results.append(result)
+        return results
 
     def _record(self, result: Result) -> None:
         '''
@@ -484,7 +468,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         arguments = parse_arguments(argv)
         command = Command(arguments)
-        getattr(command, arguments.mode.replace('-', '_'))()
+        results = getattr(command, arguments.mode.replace('-', '_'))()
+        if arguments.boot:
+            boot.boot(results[0])
         return 0
     except BuildError as e:
         error = e
