@@ -12,7 +12,7 @@ import difflib
 import os
 from pathlib import Path
 import subprocess
-from typing import Dict, Iterable, Iterator, List, Optional
+from typing import Dict, Iterable, Iterator, List
 
 from .edits import Patch, edit_text, version
 from .error import SeriesError
@@ -28,13 +28,23 @@ OURS = ('scripts', 'tests/functional', 'docs', '.gitlab-ci.d')
 
 @dataclass(frozen=True)
 class Content:
-    '''What a file in the copy must be.'''
+    '''What a file in the copy must be; @mode and @data as git has them.'''
     data: bytes
-    executable: bool
+    mode: str
+
+
+PLAIN, PROGRAM, LINK = '100644', '100755', '120000'
 
 
 def _read(path: Path) -> Content:
-    return Content(path.read_bytes(), os.access(path, os.X_OK))
+    if path.is_symlink():
+        return Content(os.fsencode(os.readlink(path)), LINK)
+    return Content(path.read_bytes(),
+                   PROGRAM if os.access(path, os.X_OK) else PLAIN)
+
+
+def _is_file(path: Path) -> bool:
+    return path.is_symlink() or path.is_file()
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -61,7 +71,7 @@ def our_files(root: Path = ROOT) -> List[str]:
             f'{getattr(error, "stderr", error)}',
             next_step='run this in a git clone') from error
     return sorted({name for name in listed.split('\0')
-                   if name and (root / name).is_file()})
+                   if name and _is_file(root / name)})
 
 
 def _pristine(tree: Path) -> Dict[str, Content]:
@@ -71,7 +81,8 @@ def _pristine(tree: Path) -> Dict[str, Content]:
         top = tree / part
         for path in [top] if top.is_file() else _files(top):
             if path.is_file():
-                files[str(path.relative_to(tree))] = _read(path)
+                # What QEMU's own links point to may be no part of the copy
+                files[str(path.relative_to(tree))] = _read(path.resolve())
     return files
 
 
@@ -85,7 +96,7 @@ def changes(tree: Path, patches: Iterable[Patch],
     '''
     changed: Dict[str, Content] = {}
     for name in our_files(root):
-        if (tree / name).exists():
+        if _is_file(tree / name):
             raise SeriesError(f'{name}: QEMU has a file of that name: {tree}',
                               next_step='rename ours')
         changed[name] = _read(root / name)
@@ -100,16 +111,19 @@ def changes(tree: Path, patches: Iterable[Patch],
                                   f'for pattern \'{edit.pattern}\'')
             old = changed.get(edit.file) or _read(tree / edit.file)
             text = edit_text(old.data.decode('utf-8'), edit)
-            changed[edit.file] = Content(text.encode('utf-8'),
-                                         old.executable)
+            changed[edit.file] = Content(text.encode('utf-8'), old.mode)
     return changed
 
 
 def _write(path: Path, content: Content) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'.{path.name}.part')
-    part.write_bytes(content.data)
-    part.chmod(0o755 if content.executable else 0o644)
+    part.unlink(missing_ok=True)
+    if content.mode == LINK:
+        part.symlink_to(os.fsdecode(content.data))
+    else:
+        part.write_bytes(content.data)
+        part.chmod(int(content.mode, 8) & 0o777)
     part.replace(path)
 
 
@@ -120,7 +134,7 @@ def _make_equal(copy: Path, wanted: Dict[str, Content]) -> None:
             path.unlink()
     for name, content in wanted.items():
         path = copy / name
-        if not path.is_file() or _read(path) != content:
+        if not _is_file(path) or _read(path) != content:
             _write(path, content)
 
 
@@ -140,20 +154,20 @@ def apply(tree: Path, copy: Path, patches: Iterable[Patch],
     return changed
 
 
-def diff(tree: Path, changed: Dict[str, Content],
-         names: Optional[Iterable[str]] = None) -> str:
-    '''@changed (or those of @names) as a patch to @tree, in git's form.'''
+def diff(tree: Path, changed: Dict[str, Content]) -> str:
+    '''The files @changed as a patch to @tree, in git's form.'''
     lines: List[str] = []
-    for name in sorted(changed if names is None else names):
-        new = changed[name]
-        mode = '100755' if new.executable else '100644'
+    for name, new in sorted(changed.items()):
         lines.append(f'diff --git a/{name} b/{name}\n')
         old: List[str] = []
         if (tree / name).is_file():
             old = (tree / name).read_text('utf-8').splitlines(True)
         else:
-            lines.append(f'new file mode {mode}\n')
-        lines += difflib.unified_diff(
-            old, new.data.decode('utf-8').splitlines(True),
-            f'a/{name}' if old else '/dev/null', f'b/{name}')
+            lines.append(f'new file mode {new.mode}\n')
+        for line in difflib.unified_diff(
+                old, new.data.decode('utf-8').splitlines(True),
+                f'a/{name}' if old else '/dev/null', f'b/{name}'):
+            lines.append(line)
+            if not line.endswith('\n'):
+                lines.append('\n\\ No newline at end of file\n')
     return ''.join(lines)

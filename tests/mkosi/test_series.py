@@ -137,6 +137,7 @@ def make_repository(folder: Path) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f'{name}\n', encoding='utf-8')
     (folder / 'scripts/ours.py').chmod(0o755)
+    (folder / 'scripts/link').symlink_to('/no/such/target')
     (folder / '.gitignore').write_text('*.pyc\n', encoding='utf-8')
     subprocess.run(['git', 'init', '--quiet', str(folder)], check=True)
     return folder
@@ -180,7 +181,8 @@ def test_apply_takes_our_files_and_no_others(tmp_path: Path) -> None:
     copy = tmp_path / 'copy'
     changed = apply.apply(source, copy, [],
                           make_repository(tmp_path / 'ours'))
-    assert list(changed) == ['scripts/ours.py']
+    assert list(changed) == ['scripts/link', 'scripts/ours.py']
+    assert os.readlink(copy / 'scripts/link') == '/no/such/target'
     assert os.access(copy / 'scripts/ours.py', os.X_OK)
     assert not (copy / 'scripts/ours.pyc').exists()
     assert not (copy / 'series').exists()
@@ -200,9 +202,12 @@ def test_applying_again_follows_every_change(tmp_path: Path) -> None:
     (root / 'scripts/ours.py').write_text('new\n', encoding='utf-8')
     (copy / 'tests/functional/meson.build').write_text('', encoding='utf-8')
     (source / 'tests/functional/x86_64/test_x.py').touch()
+    (root / 'scripts/link').unlink()
+    (root / 'scripts/link').write_text('no link', encoding='utf-8')
     apply.apply(source, copy, PATCHES, root)
     assert (copy / 'scripts/ours.py').read_text() == 'new\n'
     assert not (copy / 'scripts/gone.py').exists()
+    assert (copy / 'scripts/link').read_text() == 'no link'
     assert (copy / 'tests/functional/x86_64/test_x.py').exists()
     assert (copy / 'tests/functional/meson.build').read_text() \
         == 'anchor\nfor all\n'
@@ -243,8 +248,9 @@ def test_diff_is_a_patch(tmp_path: Path) -> None:
     subprocess.run(['git', 'init', '--quiet', str(source)], check=True)
     subprocess.run(['git', 'apply', '-'], cwd=source, check=True,
                    input=apply.diff(source, changed), encoding='utf-8')
-    for name in changed:
+    for name in set(changed) - {'scripts/link'}:
         assert (source / name).read_bytes() == (copy / name).read_bytes()
+    assert os.readlink(source / 'scripts/link') == '/no/such/target'
 
 
 # Fetching a tree
