@@ -5,21 +5,23 @@ has them. The hash decides, not the source: a file is used if its size and
 SHA-256 are the lock's, wherever it came from.
 '''
 
+import base64
 import errno
 import http.client
 import os
+import queue
 import re
 import threading
 import urllib.error
 import urllib.parse
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Dict, List, Sequence
+from typing import Dict, List, Optional, Sequence, Tuple
 
 from . import command
 from .cache import Cache, host_error, sha256_file
-from .error import BuildError, FetchError
+from .error import FetchError
 from .lock import Package
 from .report import Report
 
@@ -27,8 +29,14 @@ CONNECTIONS = 8
 # Seconds without a byte before a connection counts as dead
 TIMEOUT = 30
 TRIES = 3
+# Seconds, times the number of tries so far, before the next one
+PAUSE = 1
 # What this machine, not a mirror, is to blame for
 LOCAL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+
+
+# A package, and what went wrong with it
+_End = Tuple[Package, Optional[Exception]]
 
 
 class GoneError(FetchError):
@@ -58,7 +66,19 @@ class _Bad(Exception):
 
 def hide_password(url: str) -> str:
     '''@url without user name and password, fit for messages.'''
-    return re.sub(r'//[^/@]*@', '//', url)
+    return re.sub(r'//[^/@\s]*@', '//', url)
+
+
+def _is_mirror(url: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme == 'file':
+            return bool(parts.path)
+        # Asking for the port checks it
+        return (parts.scheme in ('http', 'https') and bool(parts.hostname)
+                and parts.port != 0)
+    except ValueError:
+        return False
 
 
 def host_mirrors(distribution: str) -> List[str]:
@@ -69,10 +89,10 @@ def host_mirrors(distribution: str) -> List[str]:
     '''
     mirrors = os.getenv('QEMU_MKOSI_MIRROR', '').split()
     for mirror in mirrors:
-        if urllib.parse.urlsplit(mirror).scheme not in ('http', 'https',
-                                                        'file'):
+        if not _is_mirror(mirror):
             raise FetchError(f'QEMU_MKOSI_MIRROR: expected http, https or '
-                             f'file URLs, found {hide_password(mirror)!r}')
+                             f'file URLs, found {hide_password(mirror)!r}',
+                             next_step='write it as http://HOST/debian')
     result = command.run(['apt-get', 'indextargets', '--format',
                           '$(ORIGIN) $(REPO_URI)', 'Created-By: Packages'])
     for line in result.stdout.splitlines():
@@ -90,10 +110,46 @@ def host_mirrors(distribution: str) -> List[str]:
     return mirrors
 
 
+def _request(url: str) -> urllib.request.Request:
+    '''
+    A request for @url, of which user name and password become a header
+    that is not told to whom the mirror redirects.
+    '''
+    parts = urllib.parse.urlsplit(url)
+    user, _, host = parts.netloc.rpartition('@')
+    request = urllib.request.Request(
+        urllib.parse.urlunsplit(parts._replace(netloc=host)))
+    if user:
+        token = base64.b64encode(urllib.parse.unquote(user).encode())
+        request.add_unredirected_header('Authorization',
+                                        f'Basic {token.decode()}')
+    return request
+
+
+def _resumes(response: 'http.client.HTTPResponse', have: int,
+             size: int) -> bool:
+    '''
+    Whether @response goes on after @have bytes, or starts anew. Raises
+    _Bad if neither can end in @size bytes.
+    '''
+    if response.status == 206:
+        found = response.headers.get('Content-Range', '')
+        if not re.fullmatch(rf'bytes {have}-{size - 1}/({size}|\*)', found):
+            raise _Bad(f'expected bytes {have}-{size - 1}/{size}, '
+                       f'found {found!r}')
+        return True
+    length = response.headers.get('Content-Length', str(size))
+    if length != str(size):
+        raise _Bad(f'expected {size} bytes, found {length}')
+    return False
+
+
 def _copy(response: 'http.client.HTTPResponse', part: Path, size: int,
-          append: bool) -> None:
+          append: bool, stop: threading.Event) -> None:
     with open(part, 'ab' if append else 'wb') as file:
         while chunk := response.read(1 << 16):
+            if stop.is_set():
+                raise InterruptedError('stopped')
             file.write(chunk)
             if file.tell() > size:
                 raise _Bad(f'expected {size} bytes, found more')
@@ -104,34 +160,47 @@ def _copy(response: 'http.client.HTTPResponse', part: Path, size: int,
                               f'{size} bytes')
 
 
-def _try_mirror(url: str, part: Path, sha256: str, size: int) -> None:
+def _transfer(url: str, part: Path, package: Package,
+              stop: threading.Event) -> None:
     '''
     Fetch @url into @part, from where an earlier try ended. Raises _Gone,
     _Bad, or OSError (URLError among them) for what may pass.
     '''
     have = part.stat().st_size if part.exists() else 0
-    if have < size:
-        request = urllib.request.Request(url)
+    if have < package.size:
+        request = _request(url)
         if have:
             request.add_header('Range', f'bytes={have}-')
         try:
             with urllib.request.urlopen(request, timeout=TIMEOUT) as resp:
-                resumed = resp.status == 206 and resp.getheader(
-                    'Content-Range', '').startswith(f'bytes {have}-')
-                _copy(resp, part, size, append=bool(have and resumed))
+                append = _resumes(resp, have, package.size)
+                _copy(resp, part, package.size, append, stop)
         except urllib.error.HTTPError as e:
-            if e.code == 416:
-                part.unlink()
             if e.code in (404, 410):
                 raise _Gone(f'HTTP error {e.code}') from e
+            if e.code == 416:
+                raise _Bad(f'HTTP error {e.code}') from e
             raise
         except urllib.error.URLError as e:
             if isinstance(e.reason, FileNotFoundError):
                 raise _Gone('no such file') from e
             raise
     found = sha256_file(part)
-    if found != sha256:
-        raise _Bad(f'expected SHA-256 {sha256}, found {found}')
+    if found != package.sha256:
+        raise _Bad(f'expected SHA-256 {package.sha256}, found {found}')
+
+
+def _try_mirror(url: str, part: Path, package: Package,
+                stop: threading.Event) -> None:
+    '''_transfer(), and again if what was in @part may be to blame.'''
+    resumed = part.exists()
+    try:
+        _transfer(url, part, package, stop)
+    except _Bad:
+        part.unlink(missing_ok=True)
+        if not resumed:
+            raise
+        _transfer(url, part, package, stop)
 
 
 class Store:
@@ -190,35 +259,64 @@ class Store:
                        distribution: str, what: str) -> None:
         mirrors = host_mirrors(distribution)
         size = sum(p.size for p in packages)
-        stop = threading.Event()
         with self.report.stage(f'fetching {what}: {len(packages)} packages, '
-                               f'{size / 1e6:.1f} MB'), \
-                ThreadPoolExecutor(CONNECTIONS) as pool:
-            try:
-                futures = {pool.submit(self._fetch_one, package, mirrors,
-                                       stop): package
-                           for package in packages}
-                gone, failed = [], []
-                done = fetched = 0
-                for future in as_completed(futures):
-                    package = futures[future]
-                    try:
-                        future.result()
-                    except GoneError:
-                        gone.append(package)
-                    except BuildError as e:
-                        failed.append(e)
-                        stop.set()
-                    done, fetched = done + 1, fetched + package.size
-                    self.report.count(f'fetching {what}', done,
-                                      len(packages), fetched)
-            except BaseException:
-                stop.set()
-                raise
-            if failed:
-                raise failed[0]
+                               f'{size / 1e6:.1f} MB'):
+            gone = self._fetch_all(packages, mirrors, what)
             if gone:
-                raise GoneError(sorted(gone), mirrors)
+                raise GoneError(gone, mirrors)
+
+    def _fetch_all(self, packages: Sequence[Package], mirrors: Sequence[str],
+                   what: str) -> List[Package]:
+        '''
+        Fetch @packages over some connections at once, up to the first that
+        fails. Returns those that no mirror has.
+        '''
+        stop = threading.Event()
+        todo: 'queue.SimpleQueue[Package]' = queue.SimpleQueue()
+        ended: 'queue.SimpleQueue[_End]' = queue.SimpleQueue()
+
+        def work() -> None:
+            while not stop.is_set():
+                try:
+                    package = todo.get_nowait()
+                except queue.Empty:
+                    return
+                try:
+                    self._fetch_one(package, mirrors, stop)
+                    ended.put((package, None))
+                except Exception as e:   # pylint: disable=broad-except
+                    ended.put((package, e))
+
+        for package in packages:
+            todo.put(package)
+        # Daemons, so that an interrupted builder need not wait for mirrors
+        threads = [threading.Thread(target=work, daemon=True)
+                   for _ in range(CONNECTIONS)]
+        for thread in threads:
+            thread.start()
+        try:
+            return self._follow(ended, len(packages), what)
+        except Exception:
+            stop.set()
+            for thread in threads:
+                thread.join()
+            raise
+        finally:
+            stop.set()
+
+    def _follow(self, ended: 'queue.SimpleQueue[_End]', total: int,
+                what: str) -> List[Package]:
+        gone = []
+        size = 0
+        for done in range(1, total + 1):
+            package, error = ended.get()
+            if isinstance(error, GoneError):
+                gone.append(package)
+            elif error:
+                raise error
+            size += package.size
+            self.report.count(f'fetching {what}', done, total, size)
+        return sorted(gone)
 
     def _fetch_one(self, package: Package, mirrors: Sequence[str],
                    stop: threading.Event) -> None:
@@ -227,14 +325,15 @@ class Store:
         said: Dict[str, str] = {}
         for attempt in range(TRIES):
             # Patience grows with each round
-            if stop.wait(attempt):
-                raise FetchError(f'{package.name}: stopped')
+            stop.wait(attempt * PAUSE)
             for mirror in mirrors:
+                if stop.is_set():
+                    raise FetchError(f'{package.name}: stopped')
                 if mirror in gone:
                     continue
                 try:
                     _try_mirror(f'{mirror}/{package.location}', part,
-                                package.sha256, package.size)
+                                package, stop)
                     # Readable, and nobody's to modify by accident
                     os.chmod(part, 0o444)
                     os.replace(part, self.path(package))
@@ -245,7 +344,8 @@ class Store:
                 except _Bad as e:
                     part.unlink(missing_ok=True)
                     said[mirror] = str(e)
-                except (OSError, http.client.HTTPException) as e:
+                except (OSError, http.client.HTTPException,
+                        ValueError) as e:
                     if getattr(e, 'errno', None) in LOCAL_ERRORS:
                         raise
                     said[mirror] = (str(e).splitlines() or [repr(e)])[0]
