@@ -6,9 +6,6 @@ An image is found by its name in tests/functional/mkosi/registry.yaml,
 which has the hashes that its files must have.
 '''
 
-# QEMU's framework has no type hints
-# mypy: disallow-untyped-calls=False
-
 import errno
 import json
 import logging
@@ -34,7 +31,7 @@ from typing import (
 from .asset import Asset, AssetError
 from .cmd import exec_command
 from .linuxkernel import LinuxKernelTest
-from .verified import sha256_of, problem_of, write_atomically
+from .mkosi_verified import problem_of, sha256_of, write_atomically
 
 if TYPE_CHECKING:
     from mkosi_build.registry import Artefact, Boot, Registry, Target
