@@ -488,8 +488,9 @@ def _compose(text: str, place: _Place) -> _Node:
         return _Composer(yaml, text, place).document()
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark or e.context_mark
-        line = mark.line + 1 if mark else None
-        raise replace(place, line=line).error(
+        if mark is not None:
+            place = replace(place, line=mark.line + 1)
+        raise place.error(
             f'not valid YAML: {e.problem or e.context}') from e
     except (yaml.YAMLError, UnicodeError) as e:
         raise place.error(f'not valid YAML: {e}') from e
