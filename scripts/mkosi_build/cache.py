@@ -15,14 +15,16 @@ The folders on this machine: the builder's own and QEMU's asset cache.
         <sha256>, <sha256>.stamp
 
 Every file gets its final name when it is complete, by rename(). A killed
-process leaves something in work/ alone, and the next holder of that lock
-clears it away. Any number of processes may share the folders.
+process leaves something in work/ alone, and the next build clears it away,
+unless somebody holds that lock. Any number of processes may share the
+folders.
 '''
 
 import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import stat
 import time
@@ -33,19 +35,22 @@ from typing import Callable, Iterator, Optional
 from .error import BuildError, HostError
 
 
+# What neither mkosi's options nor apt's lists of sources take for syntax
+_PLAIN = re.compile(r'[\w/.,+@=~-]+')
+
+
 def host_error(error: OSError, doing: str) -> BuildError:
     '''The error to show for what the operating system refused.'''
-    what = error.filename or ''
+    # Of a copy, the file that is written counts
+    what = error.filename2 or error.filename or 'a file'
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return HostError(f'{doing}: no space left for {what}',
                          next_step='free some space, or point QEMU_MKOSI_DIR '
                          'and QEMU_TEST_CACHE_DIR at a larger file system')
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS,
-                       errno.ENOTDIR):
-        return HostError(f'{doing}: {what}: {error.strerror}',
-                         next_step='make the folder writable, or point '
-                         'QEMU_MKOSI_DIR and QEMU_TEST_CACHE_DIR elsewhere')
-    return HostError(f'{doing}: {error}')
+    said = error.strerror or str(error)
+    return HostError(f'{doing}: {what}: {said}',
+                     next_step='make the folder writable, or point '
+                     'QEMU_MKOSI_DIR and QEMU_TEST_CACHE_DIR elsewhere')
 
 
 def sha256_file(path: Path) -> str:
@@ -57,10 +62,23 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _temporary(path: Path) -> Path:
+    '''
+    The name under which to make @path, beside it. What killed processes
+    left under such names goes.
+    '''
+    ours = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    for left in path.parent.glob(f'.{path.name}.*.tmp'):
+        writer = left.name.split('.')[-2]
+        if left == ours or not Path('/proc', writer).exists():
+            left.unlink(missing_ok=True)
+    return ours
+
+
 def write_atomically(path: Path, text: str) -> None:
     '''Replace the file @path by @text: readers see the old or the new.'''
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    temporary = _temporary(path)
     try:
         with open(temporary, 'w', encoding='utf-8', newline='') as file:
             file.write(text)
@@ -123,14 +141,26 @@ class Cache:
 
     def check_writable(self) -> None:
         '''Raise HostError unless both folders can be written.'''
+        if not _PLAIN.fullmatch(str(self.root)):
+            raise HostError(
+                f'{self.root}: mkosi and apt can\'t work below a path with '
+                'other characters than letters, digits and /._,+@=~-',
+                next_step='point QEMU_MKOSI_DIR at another folder')
         for folder in (self.root, self.assets):
+            probe = folder / f'.probe.{os.getpid()}'
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                probe = folder / f'.probe.{os.getpid()}'
-                probe.write_bytes(b'probe')
-                probe.unlink()
+                try:
+                    probe.write_bytes(b'probe')
+                finally:
+                    probe.unlink(missing_ok=True)
             except OSError as e:
                 raise host_error(e, 'Preparing the cache folders') from e
+
+    def _lock_file(self, name: str) -> Path:
+        path = self.root / 'locks' / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
 
     @contextmanager
     def lock(self, name: str,
@@ -139,9 +169,7 @@ class Cache:
         Hold the lock @name; call @waiting once if somebody else holds it.
         The kernel gives it up with the process, however that ends.
         '''
-        path = self.root / 'locks' / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, 'ab') as file:
+        with open(self._lock_file(name), 'ab') as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -164,6 +192,20 @@ class Cache:
         finally:
             remove_tree(path)
 
+    def clear_stale(self) -> None:
+        '''Clear away what killed processes left in work/.'''
+        work = self.root / 'work'
+        if not work.is_dir():
+            return
+        for left in work.iterdir():
+            with open(self._lock_file(left.name), 'ab') as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    remove_tree(left)
+                except BlockingIOError:
+                    # Somebody works there
+                    pass
+
     def log(self, name: str) -> Path:
         '''Where the log of @name goes.'''
         path = self.root / 'log' / f'{name}.log'
@@ -176,7 +218,7 @@ class Cache:
         what is there under that hash. Returns its path.
         '''
         asset = self.assets / sha256
-        temporary = self.assets / f'.{sha256}.{os.getpid()}.tmp'
+        temporary = _temporary(asset)
         try:
             link_or_copy(source, temporary)
             # As QEMU does: nobody modifies an asset by accident

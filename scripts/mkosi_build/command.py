@@ -48,10 +48,12 @@ def run(command: Sequence[str], env: Optional[Mapping[str, str]] = None,
     try:
         return subprocess.run(command, env=full, stdin=subprocess.DEVNULL,
                               stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, text=True,
+                              stderr=subprocess.PIPE, encoding='utf-8',
                               errors='replace', check=False)
     except FileNotFoundError as e:
-        raise HostError(f'program not found: {command[0]}') from e
+        raise HostError(f'program not found: {command[0]}',
+                        next_step='install it, or look whether PATH has '
+                        'its folder') from e
 
 
 def isolated(network: bool) -> List[str]:
@@ -77,8 +79,9 @@ def run_isolated(command: Sequence[str], log: Path, network: bool,
     with open(log, 'wb') as output:
         with subprocess.Popen(
                 [*isolated(network), *command], stdin=subprocess.DEVNULL,
-                stdout=output, stderr=subprocess.STDOUT,
-                env={**ENVIRONMENT, **env}) as process:
+                stdout=output, stderr=subprocess.STDOUT, umask=0o022,
+                # Python looks for modules in the folder that it runs in
+                cwd='/', env={**ENVIRONMENT, **env}) as process:
             try:
                 return process.wait()
             except BaseException:
@@ -93,9 +96,13 @@ def _end(process: 'subprocess.Popen[bytes]') -> None:
     itself when they have.
     '''
     children = Path(f'/proc/{process.pid}/task/{process.pid}/children')
-    pids = children.read_text().split() if children.exists() else []
+    pids = children.read_bytes().split() if children.exists() else []
     for pid in pids:
-        os.kill(int(pid), signal.SIGKILL)
+        try:
+            os.kill(int(pid), signal.SIGKILL)
+        except ProcessLookupError:
+            # It was quicker
+            pass
     if not pids:
         process.kill()
 
@@ -129,14 +136,14 @@ def check_namespaces() -> None:
         return
     said = result.stderr.strip() or f'exit code {result.returncode}'
     for name, closed, step in (
-            ('kernel/apparmor_restrict_unprivileged_userns', '1',
+            ('kernel/apparmor_restrict_unprivileged_userns', b'1',
              'sysctl -w kernel.apparmor_restrict_unprivileged_userns=0'),
-            ('kernel/unprivileged_userns_clone', '0',
+            ('kernel/unprivileged_userns_clone', b'0',
              'sysctl -w kernel.unprivileged_userns_clone=1'),
-            ('user/max_user_namespaces', '0',
+            ('user/max_user_namespaces', b'0',
              'sysctl -w user.max_user_namespaces=10000')):
         switch = Path('/proc/sys', name)
-        if switch.exists() and switch.read_text().strip() == closed:
+        if switch.exists() and switch.read_bytes().strip() == closed:
             break
     else:
         step = ('in a container, allow user namespaces and an unmasked '

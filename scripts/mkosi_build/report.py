@@ -3,6 +3,26 @@
 What the builder tells: one line a stage for a person, JSON lines for a
 program. Everything goes to the stream given (standard error for a person,
 standard output for a program); nothing is ever told twice.
+
+Each JSON line has "event", "seconds" since the start, and "text"; beside
+these:
+
+    start, done, failed     a stage; "took", in seconds, when it ends
+    count                   "done" of "total" packages, "bytes" so far
+    waiting                 for another builder
+    log                     "path" of mkosi's log
+    image                   "image", "arch", "identity", "locked", "fresh",
+                            "artefacts": by kind, "path", "asset", "sha256",
+                            "size"
+    override                "path" of what QEMU_TEST_MKOSI_OVERRIDE takes
+    recorded                in the registry
+    locked                  "path" of the lock, "packages", "changes"
+    listed                  "image", "arch", "architectures", "state",
+                            "reason", "sizes" by kind
+    checked                 all is well
+    skipped                 "image", "arch", "reason"
+    warning, problem        what a person should read
+    error                   "code" to exit with, "message", "next"; the last
 '''
 
 import json
@@ -56,12 +76,15 @@ class Report:
         try:
             yield
         except BaseException:
-            took = time.monotonic() - start
-            self.event('failed', f'{took:7.1f}s {name}: failed')
+            self._end_stage('failed', name, start)
             raise
+        self._end_stage('done', name, start)
+
+    def _end_stage(self, kind: str, name: str, start: float) -> None:
         took = time.monotonic() - start
-        self.event('done', name if self.as_json
-                   else f'{took:7.1f}s {name}', took=round(took, 3))
+        failed = ': failed' if kind == 'failed' else ''
+        self.event(kind, name if self.as_json
+                   else f'{took:7.1f}s {name}{failed}', took=round(took, 3))
 
     def count(self, name: str, done: int, total: int, size: int) -> None:
         '''A counter: @done of @total things, @size bytes so far.'''
