@@ -18,6 +18,8 @@ from typing import Dict, List, Sequence, Tuple
 
 from .error import InputError
 
+# QEMU wants to know of every file
+SPDX = '# SPDX-License-Identifier: GPL-2.0-or-later'
 FORMAT = 'mkosi-build lock 1'
 HEADER = ('definition', 'distribution', 'release', 'architecture', 'epoch')
 
@@ -77,7 +79,7 @@ class Lock:
 
 def render(lock: Lock) -> str:
     '''The text of @lock.'''
-    lines = [f'# {FORMAT}']
+    lines = [SPDX, f'# {FORMAT}']
     lines += [f'# {key}: {getattr(lock, key)}' for key in HEADER]
     lines += [f'{p.sha256} {p.size} {p.name} {p.version} {p.location}'
               for p in sorted(lock.packages)]
@@ -109,7 +111,7 @@ def _parse_package(place: str, line: str) -> Package:
 def _parse_packages(place: str, lines: Sequence[str]) -> List[Package]:
     packages: List[Package] = []
     seen: Dict[str, int] = {}
-    for number, line in enumerate(lines, len(HEADER) + 2):
+    for number, line in enumerate(lines, len(HEADER) + 3):
         package = _parse_package(f'{place}:{number}', line)
         # Two downloads into one file would spoil each other
         for key, what in (
@@ -134,11 +136,13 @@ def parse(text: str, place: str) -> Lock:
     of order or there twice.
     '''
     lines = text.splitlines()
-    if not lines or lines[0] != f'# {FORMAT}':
-        found = repr(lines[0]) if lines else 'an empty file'
-        raise LockError(f'{place}:1: expected "# {FORMAT}", found {found}')
+    for number, expected in enumerate((SPDX, f'# {FORMAT}'), 1):
+        found = lines[number - 1] if len(lines) >= number else 'nothing'
+        if found != expected:
+            raise LockError(f'{place}:{number}: expected {expected!r}, '
+                            f'found {found!r}')
     header: Dict[str, str] = {}
-    for number, key in enumerate(HEADER, 2):
+    for number, key in enumerate(HEADER, 3):
         line = lines[number - 1] if len(lines) >= number else ''
         match = re.fullmatch(rf'# {key}: (\S+)', line)
         if not match:
@@ -146,12 +150,12 @@ def parse(text: str, place: str) -> Lock:
                             f'found {line!r}')
         header[key] = match.group(1)
     if not _HASH.fullmatch(header['definition']):
-        raise LockError(f'{place}:2: expected a digest of 64 hex digits, '
+        raise LockError(f'{place}:3: expected a digest of 64 hex digits, '
                         f'found {header["definition"]!r}')
     if not re.fullmatch(r'[0-9]{9,11}', header['epoch']):
-        raise LockError(f'{place}:6: expected seconds since 1970, found '
+        raise LockError(f'{place}:7: expected seconds since 1970, found '
                         f'{header["epoch"]!r}')
-    packages = _parse_packages(place, lines[len(HEADER) + 1:])
+    packages = _parse_packages(place, lines[len(HEADER) + 2:])
     if not packages:
         raise LockError(f'{place}: no packages')
     return Lock(header['definition'], header['distribution'],

@@ -60,8 +60,8 @@ def test_lock_takes_the_characters_of_real_packages() -> None:
 def in_package(old: str, new: str) -> 'Callable[[List[str]], None]':
     '''Edits the first package's line.'''
     def edit(lines: List[str]) -> None:
-        assert old in lines[6]
-        lines[6] = lines[6].replace(old, new)
+        assert old in lines[7]
+        lines[7] = lines[7].replace(old, new)
     return edit
 
 
@@ -74,62 +74,63 @@ def line(number: int, text: str) -> 'Callable[[List[str]], None]':
 
 def again(lines: List[str]) -> None:
     '''The first package twice.'''
-    lines.insert(7, lines[6])
+    lines.insert(8, lines[7])
 
 
 def swapped(lines: List[str]) -> None:
     '''The packages the wrong way round.'''
-    lines[6], lines[7] = lines[7], lines[6]
+    lines[7], lines[8] = lines[8], lines[7]
 
 
 def same_file(lines: List[str]) -> None:
     '''Two packages in one file.'''
-    lines[7] = lines[7].replace('world_1.0-1', 'hello_1.0-1')
+    lines[8] = lines[8].replace('world_1.0-1', 'hello_1.0-1')
 
 
 def same_bytes(lines: List[str]) -> None:
     '''Two packages of one hash.'''
-    lines[7] = lines[7].replace('b' * 64, 'a' * 64)
+    lines[8] = lines[8].replace('b' * 64, 'a' * 64)
 
 
 REFUSED = [
-    (line(1, '# something else'), ':1: expected "# mkosi-build lock 1"'),
-    (line(1, '# mkosi-build lock 2'), "found '# mkosi-build lock 2'"),
-    (line(2, '# definition: short'), ':2: expected a digest of 64 hex'),
-    (line(3, '# distro: debian'), ':3: expected "# distribution: ..."'),
-    (line(4, '# release: '), ':4: expected "# release: ..."'),
-    (line(5, '# architecture: x86_64 aarch64'),
-     ':5: expected "# architecture: ..."'),
-    (line(6, '# epoch: yesterday'), ':6: expected seconds since 1970, found '
+    (line(1, '# something else'), ":1: expected '# SPDX-License"),
+    (line(2, '# something else'), ":2: expected '# mkosi-build lock 1'"),
+    (line(2, '# mkosi-build lock 2'), "found '# mkosi-build lock 2'"),
+    (line(3, '# definition: short'), ':3: expected a digest of 64 hex'),
+    (line(4, '# distro: debian'), ':4: expected "# distribution: ..."'),
+    (line(5, '# release: '), ':5: expected "# release: ..."'),
+    (line(6, '# architecture: x86_64 aarch64'),
+     ':6: expected "# architecture: ..."'),
+    (line(7, '# epoch: yesterday'), ':7: expected seconds since 1970, found '
      "'yesterday'"),
-    (line(6, '# epoch: -1700000000'), ':6: expected seconds since 1970'),
-    (line(7, ''), ':7: expected "sha256 size name version location"'),
-    (in_package(' 1234 ', ' '), ':7: expected "sha256 size name version'),
-    (in_package(' 1234 ', '  1234 '), ':7: expected "sha256 size name'),
-    (in_package(' 1234 ', ' 1234 x '), ':7: expected "sha256 size name'),
-    (in_package('a' * 64, 'a' * 63), ':7: expected a SHA-256 of 64'),
-    (in_package('a' * 64, 'A' * 64), ':7: expected a SHA-256 of 64'),
-    (in_package('a' * 64, 'g' * 64), ':7: expected a SHA-256 of 64'),
-    (in_package(' 1234 ', ' 0 '), ":7: expected a size in bytes, found '0'"),
-    (in_package(' 1234 ', ' -5 '), ":7: expected a size in bytes, found"),
-    (in_package(' 1234 ', ' 1e3 '), ":7: expected a size in bytes, found"),
-    (in_package(' 1234 ', ' 01234 '), ":7: expected a size in bytes, found"),
-    (in_package(' hello ', ' -oEvil '), ":7: not a package name: '-oEvil'"),
-    (in_package(' hello ', ' he/llo '), ":7: not a package name: 'he/llo'"),
-    (in_package(' 1.0-1 ', ' $(id) '), ":7: not a package version: '$(id)'"),
-    (in_package('pool/main', '/pool/main'), ':7: not a location below'),
-    (in_package('pool/main', 'pool/../../..'), ':7: not a location below'),
-    (in_package('pool/main', '../pool'), ':7: not a location below'),
-    (in_package('pool/main', 'pool//main'), ':7: not a location below'),
-    (in_package('pool/main', 'pool/./main'), ':7: not a location below'),
-    (in_package('pool/main', 'pool\\main'), ':7: not a location below'),
-    (in_package('pool/main', 'pool?main'), ':7: not a location below'),
-    (in_package('/hello_1.0-1_amd64.deb', '/'), ':7: not a location below'),
-    (in_package('/hello_1.0-1_amd64.deb', '/..'), ':7: not a location'),
-    (again, ':8: hello_1.0-1_amd64.deb is already in line 7'),
-    (swapped, ':8: hello is out of order after world'),
-    (same_file, ':8: hello_1.0-1_amd64.deb is already in line 7'),
-    (same_bytes, ':8: the SHA-256 of world is already in line 7'),
+    (line(7, '# epoch: -1700000000'), ':7: expected seconds since 1970'),
+    (line(8, ''), ':8: expected "sha256 size name version location"'),
+    (in_package(' 1234 ', ' '), ':8: expected "sha256 size name version'),
+    (in_package(' 1234 ', '  1234 '), ':8: expected "sha256 size name'),
+    (in_package(' 1234 ', ' 1234 x '), ':8: expected "sha256 size name'),
+    (in_package('a' * 64, 'a' * 63), ':8: expected a SHA-256 of 64'),
+    (in_package('a' * 64, 'A' * 64), ':8: expected a SHA-256 of 64'),
+    (in_package('a' * 64, 'g' * 64), ':8: expected a SHA-256 of 64'),
+    (in_package(' 1234 ', ' 0 '), ":8: expected a size in bytes, found '0'"),
+    (in_package(' 1234 ', ' -5 '), ":8: expected a size in bytes, found"),
+    (in_package(' 1234 ', ' 1e3 '), ":8: expected a size in bytes, found"),
+    (in_package(' 1234 ', ' 01234 '), ":8: expected a size in bytes, found"),
+    (in_package(' hello ', ' -oEvil '), ":8: not a package name: '-oEvil'"),
+    (in_package(' hello ', ' he/llo '), ":8: not a package name: 'he/llo'"),
+    (in_package(' 1.0-1 ', ' $(id) '), ":8: not a package version: '$(id)'"),
+    (in_package('pool/main', '/pool/main'), ':8: not a location below'),
+    (in_package('pool/main', 'pool/../../..'), ':8: not a location below'),
+    (in_package('pool/main', '../pool'), ':8: not a location below'),
+    (in_package('pool/main', 'pool//main'), ':8: not a location below'),
+    (in_package('pool/main', 'pool/./main'), ':8: not a location below'),
+    (in_package('pool/main', 'pool\\main'), ':8: not a location below'),
+    (in_package('pool/main', 'pool?main'), ':8: not a location below'),
+    (in_package('/hello_1.0-1_amd64.deb', '/'), ':8: not a location below'),
+    (in_package('/hello_1.0-1_amd64.deb', '/..'), ':8: not a location'),
+    (again, ':9: hello_1.0-1_amd64.deb is already in line 8'),
+    (swapped, ':9: hello is out of order after world'),
+    (same_file, ':9: hello_1.0-1_amd64.deb is already in line 8'),
+    (same_bytes, ':9: the SHA-256 of world is already in line 8'),
 ]
 
 
@@ -146,9 +147,10 @@ def test_each_rule_is_an_error_with_its_line(
 
 
 @pytest.mark.parametrize('text, expected', [
-    ('', 'a.lock:1: expected "# mkosi-build lock 1", found an empty file'),
-    ('\n'.join(LINES[:3]), 'a.lock:4: expected "# release: ..."'),
-    ('\n'.join(LINES[:6]), 'a.lock: no packages'),
+    ('', "a.lock:1: expected '# SPDX-License-Identifier: "
+     "GPL-2.0-or-later', found 'nothing'"),
+    ('\n'.join(LINES[:4]), 'a.lock:5: expected "# release: ..."'),
+    ('\n'.join(LINES[:7]), 'a.lock: no packages'),
 ])
 def test_cut_off_lock_is_refused(text: str, expected: str) -> None:
     '''A lock that ends early is no lock.'''
