@@ -172,8 +172,8 @@ def test_own_registry() -> None:
 WRONG = [
     # keys
     ('        budget:\n          kernel',
-     '        budgte: 1\n        budget:\n          kernel', DEBIAN + "unknown key 'budgte', did you mean "
-     "'budget'?"),
+     '        budgte: 1\n        budget:\n          kernel',
+     DEBIAN + "unknown key 'budgte', did you mean 'budget'?"),
     ('definition: debian-min', 'definition: debian-min\n    xyz: 1',
      "In image 'debian-min': unknown key 'xyz', expected one of: "
      'description, definition, distribution, release, architectures'),

@@ -123,6 +123,13 @@ class MkosiAsset(Asset):
         if path is not None:
             self._declared_in.append(os.path.abspath(path))
 
+    def __str__(self) -> str:
+        # QEMU 10.0 logs it before it fetches
+        try:
+            return str(self.cache_file)
+        except AssetError:
+            return self.url
+
     def __repr__(self) -> str:
         return f'MkosiAsset: url={self.url} cache_dir={self.cache_dir}'
 
