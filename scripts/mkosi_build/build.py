@@ -8,6 +8,7 @@ identity is not built again.
 import json
 import os
 import shutil
+import stat
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
@@ -188,6 +189,11 @@ class Builder:
         the artefacts are kept for a look; HostError.
         '''
         result = self.find(job)
+        try:
+            self.cache.clear_stale()
+        except OSError:
+            # Nothing that a build which is there would need
+            pass
         if result is None:
             check_host(self.cache)
 
@@ -198,12 +204,33 @@ class Builder:
             try:
                 with self.cache.lock(job.name, waiting):
                     # Whoever held the lock may have built this very job
-                    result = self.find(job) or self._build(job, compare)
+                    result = (self.find(job) or self._relink(job)
+                              or self._build(job, compare))
             except OSError as e:
                 raise host_error(e, f'Building {job.name}') from e
         if compare:
             _compare(result)
         return result
+
+    def _relink(self, job: Job) -> Optional[Result]:
+        '''
+        The artefacts of @job, if they are whole but for their names in the
+        asset cache, which QEMU's cleaner removes in time.
+        '''
+        folder = self.folder(job)
+        try:
+            record = json.loads((folder / RECORD).read_bytes())
+            files = [(folder / known['file'], known)
+                     for known in record['artefacts'].values()]
+            if not all(_whole(path, known) for path, known in files):
+                return None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+        for path, known in files:
+            asset = self.cache.add_asset(path, known['sha256'])
+            known['verified'] = [_signature(path), _signature(asset)]
+        write_atomically(folder / RECORD, json.dumps(record, indent=1) + '\n')
+        return self.find(job)
 
     def _build(self, job: Job, compare: bool) -> Result:
         tree = tools.ensure(job.tool_lock, self.cache, self.store,
@@ -223,53 +250,57 @@ class Builder:
 
     def _take(self, job: Job, work: Path, compare: bool) -> Result:
         '''Give what mkosi left in @work its final names.'''
-        output = work / 'output'
         built = work / 'built'
-        built.mkdir()
-        artefacts = {}
-        for kind, artefact in job.target.artefacts.items():
-            path = output / artefact.file
-            if path.is_symlink() or not path.is_file():
-                there = sorted(p.name for p in output.iterdir())
-                raise MkosiError(
-                    f'{job.name}: mkosi made no {artefact.file} '
-                    f'({kind}); it made: {", ".join(there)}',
-                    next_step='check the output names in '
-                    f'{job.image.definition}/mkosi.conf')
-            path.chmod(0o444)
-            os.replace(path, built / artefact.file)
-            artefacts[kind] = (artefact.file,
-                               sha256_file(built / artefact.file))
-        for manifest in output.glob('*.manifest'):
-            os.replace(manifest, built / 'manifest.json')
-
         folder = self.folder(job)
-        result = Result(job, {
-            kind: Built(folder / file, digest,
-                        (built / file).stat().st_size)
-            for kind, (file, digest) in artefacts.items()}, fresh=True)
+        result = Result(job, _collect(job, work / 'output', built, folder),
+                        fresh=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         if compare:
             try:
                 _compare(result)
             except MismatchError:
                 differs = folder.with_name(f'{job.identity}.differs')
                 remove_tree(differs)
-                folder.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(built, differs)
                 raise
-        for kind, (file, digest) in artefacts.items():
-            self.cache.add_asset(built / file, digest)
-        record = {
-            'identity': job.identity, 'locked': job.locked,
-            'artefacts': {
-                kind: _record(built / file, self.cache.assets / digest,
-                              digest)
-                for kind, (file, digest) in artefacts.items()}}
+        known = {}
+        for kind, artefact in result.artefacts.items():
+            path = built / artefact.path.name
+            known[kind] = _record(
+                path, self.cache.add_asset(path, artefact.sha256),
+                artefact.sha256)
+        record = {'identity': job.identity, 'locked': job.locked,
+                  'artefacts': known}
         write_atomically(built / RECORD, json.dumps(record, indent=1) + '\n')
         remove_tree(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
         os.replace(built, folder)
         return result
+
+
+def _collect(job: Job, output: Path, built: Path,
+             folder: Path) -> Dict[str, Built]:
+    '''
+    Move what mkosi made in @output to the new folder @built. Returns it as
+    what it will be in its final @folder. Raises MkosiError where an
+    artefact is missing.
+    '''
+    built.mkdir()
+    artefacts = {}
+    there = ', '.join(sorted(p.name for p in output.iterdir()))
+    for kind, artefact in job.target.artefacts.items():
+        path = output / artefact.file
+        if path.is_symlink() or not path.is_file():
+            raise MkosiError(
+                f'{job.name}: mkosi made no {artefact.file} ({kind}); it '
+                f'made: {there}', next_step='check the output names in '
+                f'{job.image.definition}/mkosi.conf')
+        path.chmod(0o444)
+        artefacts[kind] = Built(folder / artefact.file, sha256_file(path),
+                                path.stat().st_size)
+        os.replace(path, built / artefact.file)
+    for manifest in output.glob('*.manifest'):
+        os.replace(manifest, built / 'manifest.json')
+    return artefacts
 
 
 def run_mkosi(job: Job, tree: Path, work: Path, log: Path, mirror: str,
@@ -310,7 +341,9 @@ def _stage(job: Job, folder: Path) -> None:
             dest.symlink_to(os.readlink(source))
         else:
             shutil.copyfile(source, dest)
-            dest.chmod(0o755 if os.access(source, os.X_OK) else 0o644)
+            # As in the definition's digest
+            executable = source.stat().st_mode & stat.S_IXUSR
+            dest.chmod(0o755 if executable else 0o644)
     times = (job.lock.epoch, job.lock.epoch)
     for parent, _, names in os.walk(folder):
         Path(parent).chmod(0o755)

@@ -42,7 +42,7 @@ _PLAIN = re.compile(r'[\w/.,+@=~-]+')
 def host_error(error: OSError, doing: str) -> BuildError:
     '''The error to show for what the operating system refused.'''
     # Of a copy, the file that is written counts
-    what = error.filename2 or error.filename or 'a file'
+    what = error.filename2 or error.filename or 'the cache'
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return HostError(f'{doing}: no space left for {what}',
                          next_step='free some space, or point QEMU_MKOSI_DIR '
@@ -51,6 +51,16 @@ def host_error(error: OSError, doing: str) -> BuildError:
     return HostError(f'{doing}: {what}: {said}',
                      next_step='make the folder writable, or point '
                      'QEMU_MKOSI_DIR and QEMU_TEST_CACHE_DIR elsewhere')
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    '''Let errors of writing, which have no file name, be of @path.'''
+    try:
+        yield
+    except OSError as e:
+        e.filename = e.filename or str(path)
+        raise
 
 
 def sha256_file(path: Path) -> str:
@@ -80,7 +90,8 @@ def write_atomically(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
-        with open(temporary, 'w', encoding='utf-8', newline='') as file:
+        with naming(path), open(temporary, 'w', encoding='utf-8',
+                                newline='') as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -151,7 +162,8 @@ class Cache:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 try:
-                    probe.write_bytes(b'probe')
+                    with naming(probe):
+                        probe.write_bytes(b'probe')
                 finally:
                     probe.unlink(missing_ok=True)
             except OSError as e:

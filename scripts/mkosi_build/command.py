@@ -31,8 +31,10 @@ ENVIRONMENT = {
     'USER': 'build',
 }
 
+# mkosi's own words: its steps, and at the very end, why it failed
+SPOKEN = re.compile(r'^‣ \S')
 # Lines of a log that say why something failed: apt's, dpkg's and mkosi's
-TELLING = re.compile(r'^(E: |‣ \S|dpkg: error)|[Ee]rror\b|not found'
+TELLING = re.compile(r'^(E: |dpkg: error)|[Ee]rror\b|not found'
                      r'|[Nn]o space left|unmet dependencies|Depends:'
                      r'|no installation candidate|Failed|refus')
 
@@ -112,7 +114,9 @@ def why_failed(log: Path, lines: int = 10) -> str:
     with open(log, encoding='utf-8', errors='replace') as file:
         tail = [line.rstrip() for line in file.readlines()[-200:]]
     tail = [line for line in tail if line]
-    telling = [line for line in tail if TELLING.search(line)]
+    telling = [line for line in tail[:-3] if TELLING.search(line)]
+    telling += [line for line in tail[-3:]
+                if TELLING.search(line) or SPOKEN.search(line)]
     return '\n'.join(f'    {line}' for line in (telling or tail)[-lines:])
 
 

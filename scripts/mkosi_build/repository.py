@@ -24,7 +24,8 @@ def _stanza(package: Package, file: Path) -> str:
     result = command.run(['dpkg-deb', '--field', str(file)])
     if result.returncode:
         raise InputError(f'{package.file_name}: not a Debian package: '
-                         f'{result.stderr.strip()}')
+                         f'{result.stderr.strip()}',
+                         next_step='make the lock anew with --update-lock')
     return (f'{result.stdout.rstrip()}\n'
             f'Filename: pool/{package.file_name}\n'
             f'Size: {package.size}\n'

@@ -10,7 +10,7 @@ import configparser
 import re
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Dict, Iterator, List
+from typing import Dict, Iterator, List, Tuple
 
 from . import command, lock as locks, repository
 from .build import Job, run_mkosi
@@ -80,6 +80,20 @@ def _pick(known: Dict[str, Package], digests: List[str],
     return sorted(known[digest] for digest in set(digests))
 
 
+def _wanted(folder: Path) -> Tuple[str, str, List[str]]:
+    '''Distribution, release and packages of the definition in @folder.'''
+    conf = configparser.RawConfigParser(strict=False)
+    conf.read(folder / 'mkosi.conf', encoding='utf-8')
+    try:
+        return (conf['Distribution']['Distribution'],
+                conf['Distribution']['Release'],
+                conf['Content']['Packages'].split())
+    except KeyError as e:
+        raise InputError(f'{folder}/mkosi.conf: no {e}',
+                         next_step='name distribution, release and packages '
+                         'there') from e
+
+
 def tools_lock(folder: Path, arch: str, cache: Cache,
                report: Report) -> Lock:
     '''
@@ -91,14 +105,7 @@ def tools_lock(folder: Path, arch: str, cache: Cache,
     that names no packages.
     '''
     definition = locks.definition_digest(folder)
-    conf = configparser.RawConfigParser(strict=False)
-    conf.read(folder / 'mkosi.conf', encoding='utf-8')
-    try:
-        distribution = conf['Distribution']['Distribution']
-        release = conf['Distribution']['Release']
-        packages = conf['Content']['Packages'].split()
-    except KeyError as e:
-        raise InputError(f'{folder}/mkosi.conf: no {e}') from e
+    distribution, release, packages = _wanted(folder)
     if not KEYRING.exists():
         raise HostError(f'no {KEYRING}: can\'t check signatures',
                         next_step='apt-get install debian-archive-keyring')

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple
 
 from . import command
-from .cache import Cache, host_error, sha256_file
+from .cache import Cache, host_error, naming, sha256_file
 from .error import FetchError
 from .lock import Package
 from .report import Report
@@ -146,7 +146,7 @@ def _resumes(response: 'http.client.HTTPResponse', have: int,
 
 def _copy(response: 'http.client.HTTPResponse', part: Path, size: int,
           append: bool, stop: threading.Event) -> None:
-    with open(part, 'ab' if append else 'wb') as file:
+    with naming(part), open(part, 'ab' if append else 'wb') as file:
         while chunk := response.read(1 << 16):
             if stop.is_set():
                 raise InterruptedError('stopped')

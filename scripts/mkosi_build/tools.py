@@ -7,6 +7,7 @@ packages, with no maintainer script run: the same on every host, as any
 user.
 '''
 
+import errno
 import os
 import stat
 import sys
@@ -32,8 +33,12 @@ def _unpack(lock: Lock, store: Store, tree: Path) -> None:
     def extract(file: Path) -> None:
         result = command.run(['dpkg-deb', '--extract', str(file),
                               str(tree)])
+        if 'No space left on device' in result.stderr:
+            raise OSError(errno.ENOSPC, 'No space left', str(tree))
         if result.returncode:
-            raise HostError(f'unpacking {file}: {result.stderr.strip()}')
+            raise HostError(f'unpacking {file}: {result.stderr.strip()}',
+                            next_step='look whether this host\'s dpkg-deb '
+                            'is older than the packages')
 
     # base-files comes first: it makes /bin, /lib and so on links into /usr
     first = [p for p in lock.packages if p.name == 'base-files']

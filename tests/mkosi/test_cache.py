@@ -175,7 +175,7 @@ def test_add_asset(cache: Cache, tmp_path: Path) -> None:
     (cache.assets / f'.{SHA}.{os.getpid()}.tmp').write_text('half')
     asset = cache.add_asset(source, SHA)
     assert asset == cache.assets / SHA
-    assert asset.read_text() == 'whole'
+    assert asset.read_bytes() == b'whole'
     assert asset.stat().st_mode & 0o777 == 0o444
     assert sorted(os.listdir(cache.assets)) == [SHA, f'{SHA}.stamp']
     stamp = int((cache.assets / f'{SHA}.stamp').read_bytes())
@@ -190,7 +190,7 @@ def test_link_or_copy_to_another_file_system(tmp_path: Path) -> None:
     source.write_text('whole')
     try:
         caches.link_or_copy(source, dest)
-        assert dest.read_text() == 'whole'
+        assert dest.read_bytes() == b'whole'
     finally:
         dest.unlink(missing_ok=True)
 
