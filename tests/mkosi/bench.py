@@ -7,7 +7,7 @@ ratio to a baseline that is measured in the same run, turn by turn, since
 absolute times depend on the machine and on what else it does.
 
 Prints a table, and with --json FILE writes the same as JSON. Exits with 1
-if a ratio is over its bar. What a bar is and where it comes from stands
+if a ratio is over its limit. What a limit is and where it comes from stands
 beside it in the code.
 '''
 
@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence
 
@@ -55,20 +55,20 @@ PEER_SHELL = '~ # '
 
 @dataclass(frozen=True)
 class Row:
-    '''One measure: seconds or bytes, or a ratio to a baseline and its bar.'''
+    '''One measure: seconds or bytes, or a ratio to a baseline and its limit.'''
     name: str
     value: float
     unit: str
     baseline: str = ''
     ratio: Optional[float] = None
-    bar: Optional[float] = None
+    limit: Optional[float] = None
     spread: float = 0.0
 
     @property
     def passed(self) -> bool:
-        '''Whether the measure is within its bar, if it has one.'''
+        '''Whether the measure is within its limit, if it has one.'''
         found = self.value if self.ratio is None else self.ratio
-        return self.bar is None or found <= self.bar
+        return self.limit is None or found <= self.limit
 
 
 def newc(path: str, mode: int, data: bytes) -> bytes:
@@ -151,7 +151,7 @@ def in_turns(measures: Dict[str, Callable[[], float]],
 
 
 def rows_of(found: Dict[str, List[float]], baseline: str,
-            bars: Dict[str, float]) -> List[Row]:
+            limits: Dict[str, float]) -> List[Row]:
     '''Medians as rows; the ratio is that of the medians.'''
     floor = statistics.median(found[baseline])
     rows = []
@@ -159,7 +159,7 @@ def rows_of(found: Dict[str, List[float]], baseline: str,
         median = statistics.median(seconds)
         rows.append(Row(
             name, median, 's', '' if name == baseline else baseline,
-            None if name == baseline else median / floor, bars.get(name),
+            None if name == baseline else median / floor, limits.get(name),
             (max(seconds) - min(seconds)) / median))
     return rows
 
@@ -184,46 +184,52 @@ def peer_folder(cache: Cache, report: Report, work: Path) -> Optional[Path]:
     return definition / PEER_FILES
 
 
-def bench_boot(job: build.Job, result: build.Result, peer: Optional[Path],
-               work: Path, rounds: int) -> List[Row]:
-    '''Boot to the prompt, beside the same kernel with nothing to do.'''
-    boot, budget = job.target.boot, job.target.budget
+def boots(job: build.Job, result: build.Result, peer: Optional[Path],
+          floor: str) -> Dict[str, Callable[[], float]]:
+    '''What is booted, by name: the image, and beside it @floor.'''
+    boot = job.target.boot
     paths = {kind: str(built.path)
              for kind, built in result.artefacts.items()}
-    floor_initrd(work / 'floor.cpio')
-    markers = (boot.ready, boot.prompt)
-    cmdline = ' '.join(boot.cmdline)
-    with_disk = ' '.join((*boot.cmdline, *boot.disk_cmdline))
     kernel = ['-kernel', paths['kernel']]
     image = [*kernel, '-initrd', paths['initrd']]
     disk = ['-drive', 'if=none,id=disk,format=qcow2,snapshot=on,'
             f'file={paths["disk"]}',
             '-device', f'{boot.disk_device},drive=disk']
-    measures: Dict[str, Callable[[], float]] = {
-        'floor': lambda: boot_seconds(
-            [*kernel, '-initrd', str(work / 'floor.cpio'),
-             '-append', f'console={boot.console}'], [MARKER]),
-        'initrd': lambda: boot_seconds(
-            [*image, '-append', cmdline], markers),
-        'disk': lambda: boot_seconds(
-            [*image, *disk, '-append', with_disk], markers)}
+
+    def measure(arguments: Sequence[str], cmdline: Sequence[str],
+                *markers: str) -> Callable[[], float]:
+        full = [*arguments, '-append', ' '.join(cmdline)]
+        return lambda: boot_seconds(full, markers)
+
+    console = f'console={boot.console}'
+    measures = {
+        'floor': measure([*kernel, '-initrd', floor], [console], MARKER),
+        'initrd': measure(image, boot.cmdline, boot.ready, boot.prompt),
+        'disk': measure([*image, *disk],
+                        (*boot.cmdline, *boot.disk_cmdline),
+                        boot.ready, boot.prompt)}
     if peer:
-        measures['peer floor'] = lambda: boot_seconds(
-            ['-kernel', f'{peer}/linux', '-initrd',
-             str(work / 'floor.cpio'), '-append', 'console=ttyS0'],
-            [MARKER])
-        measures['peer'] = lambda: boot_seconds(
-            ['-kernel', f'{peer}/linux', '-initrd', f'{peer}/initrd.gz',
-             '-append', 'console=ttyS0 BOOT_DEBUG=3'], [PEER_SHELL])
-    found = in_turns(measures, rounds)
+        kernel = ['-kernel', f'{peer}/linux', '-initrd']
+        measures['peer floor'] = measure([*kernel, floor], [console], MARKER)
+        measures['peer'] = measure([*kernel, f'{peer}/initrd.gz'],
+                                   [console, 'BOOT_DEBUG=3'], PEER_SHELL)
+    return measures
+
+
+def bench_boot(job: build.Job, result: build.Result, peer: Optional[Path],
+               work: Path, rounds: int) -> List[Row]:
+    '''Boot to the prompt, beside the same kernel with nothing to do.'''
+    floor = work / 'floor.cpio'
+    floor_initrd(floor)
+    found = in_turns(boots(job, result, peer, str(floor)), rounds)
+    budget = job.target.budget
     rows = rows_of({k: v for k, v in found.items() if 'peer' not in k},
                    'floor', {'initrd': budget.initrd_boot_ratio,
                              'disk': budget.disk_boot_ratio})
     if peer:
         rows += rows_of({k: v for k, v in found.items() if 'peer' in k},
                         'peer floor', {})
-    return [Row(f'boot: {row.name}', row.value, row.unit, row.baseline,
-                row.ratio, row.bar, row.spread) for row in rows]
+    return [replace(row, name=f'boot: {row.name}') for row in rows]
 
 
 def bench_bytes(job: build.Job, result: build.Result,
@@ -233,8 +239,8 @@ def bench_bytes(job: build.Job, result: build.Result,
     budget = job.target.budget
     both = sizes['kernel'] + sizes['initrd']
     rows = [Row('bytes: kernel + initrd', both, 'B',
-                bar=budget.kernel_initrd_bytes),
-            Row('bytes: disk', sizes['disk'], 'B', bar=budget.disk_bytes)]
+                limit=budget.kernel_initrd_bytes),
+            Row('bytes: disk', sizes['disk'], 'B', limit=budget.disk_bytes)]
     if peer:
         rows.append(Row('bytes: peer kernel + initrd', sum(
             (peer / name).stat().st_size for name in ('linux', 'initrd.gz')),
@@ -270,13 +276,12 @@ def bench_build(job: build.Job, cache: Cache, report: Report, work: Path,
     repository.make(job.lock, store, repo)
 
     def plain() -> float:
-        folder = work / 'plain'
-        folder.mkdir()
+        (work / 'plain').mkdir()
         start = time.monotonic()
-        build.run_mkosi(job, tree, folder, work / 'plain.log',
+        build.run_mkosi(job, tree, work / 'plain', work / 'plain.log',
                         f'file://{repo}', [])
         took = time.monotonic() - start
-        remove_tree(folder)
+        remove_tree(work / 'plain')
         return took
 
     def cached() -> float:
@@ -285,15 +290,13 @@ def bench_build(job: build.Job, cache: Cache, report: Report, work: Path,
 
     found = in_turns({'plain mkosi': plain, 'packages cached': cached},
                      rounds)
-    nothing = [timed(command, env) for _ in range(5)]
     rows = rows_of(found, 'plain mkosi', {'packages cached': 1.1})
     rows.append(Row('cold', cold, 's', 'plain mkosi',
                     cold / statistics.median(found['plain mkosi'])))
-    rows.append(Row('nothing changed', statistics.median(nothing), 's',
-                    bar=0.5, spread=(max(nothing) - min(nothing))
-                    / statistics.median(nothing)))
-    return [Row(f'build: {row.name}', row.value, row.unit, row.baseline,
-                row.ratio, row.bar, row.spread) for row in rows]
+    found = in_turns({'nothing changed': lambda: timed(command, env)}, 5)
+    rows.append(replace(rows_of(found, 'nothing changed', {})[0],
+                        limit=0.5))
+    return [replace(row, name=f'build: {row.name}') for row in rows]
 
 
 # Runs inside QEMU's framework. The registry is the real one: a hit needs
@@ -339,26 +342,25 @@ def bench_fetch(tree: Path, work: Path) -> List[Row]:
     found: Dict[str, List[float]] = {'Asset': [], 'MkosiAsset': []}
     for name, seconds in re.findall(r'^(\w+) (\S+)$', told.stdout, re.M):
         found[name].append(float(seconds))
-    return [Row(f'fetch() of 1 GiB: {row.name}', row.value, row.unit,
-                row.baseline, row.ratio, row.bar, row.spread)
+    return [replace(row, name=f'fetch() of 1 GiB: {row.name}')
             for row in rows_of(found, 'Asset', {'MkosiAsset': 1 / 50})]
 
 
 def table(rows: Sequence[Row]) -> str:
     '''@rows for a person.'''
     lines = [f'{"MEASURE":30} {"MEDIAN":>12} {"SPREAD":>7} {"RATIO":>8} '
-             f'{"BAR":>12}  BASELINE']
+             f'{"LIMIT":>12}  BASELINE']
     for row in rows:
         value = (f'{row.value:.4f} s' if row.unit == 's'
                  else f'{row.value / 1e6:.2f} MB')
-        bar = ''
-        if row.bar is not None:
-            bar = (f'{row.bar / 1e6:.2f} MB' if row.unit == 'B'
-                   else f'{row.bar:g}{"" if row.ratio else " s"}')
+        shown = ''
+        if row.limit is not None:
+            shown = (f'{row.limit / 1e6:.2f} MB' if row.unit == 'B'
+                     else f'{row.limit:g}{"" if row.ratio else " s"}')
         ratio = '' if row.ratio is None else f'{row.ratio:.4g}'
         lines.append(f'{row.name:30} {value:>12} {row.spread:>7.0%} '
-                     f'{ratio:>8} {bar:>12}  {row.baseline}'
-                     f'{"" if row.passed else "  OVER ITS BAR"}')
+                     f'{ratio:>8} {shown:>12}  {row.baseline}'
+                     f'{"" if row.passed else "  OVER ITS LIMIT"}')
     return '\n'.join(lines)
 
 
@@ -377,7 +379,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    '''Measure, tell, compare with the bars.'''
+    '''Measure, tell, compare with the limits.'''
     arguments = parse_arguments()
     cache, report = Cache(), Report()
     known = registry.load(registry.DEFAULT)
