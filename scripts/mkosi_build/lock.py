@@ -18,8 +18,8 @@ from typing import Dict, List, Sequence, Tuple
 
 from .error import InputError
 
-# QEMU wants to know of every file
-SPDX = '# SPDX-License-Identifier: GPL-2.0-or-later'
+# Every file in QEMU has one; in two parts, since this is not this file's
+SPDX = '# SPDX-License-Identifier' + ': GPL-2.0-or-later'
 FORMAT = 'mkosi-build lock 1'
 HEADER = ('definition', 'distribution', 'release', 'architecture', 'epoch')
 
