@@ -55,7 +55,7 @@ PEER_SHELL = '~ # '
 
 @dataclass(frozen=True)
 class Row:
-    '''One measure: seconds or bytes, or a ratio to a baseline and its limit.'''
+    '''One measure: seconds or bytes, a ratio to a baseline, its limit.'''
     name: str
     value: float
     unit: str
