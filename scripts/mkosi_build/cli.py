@@ -17,7 +17,7 @@ from .cache import Cache, host_error, write_atomically
 from .error import BuildError, InputError, UsageError
 from .lock import Lock, LockError
 from .registry import Image, Registry, Target
-from .report import Report
+from .report import Report, nobody_listens
 from .store import GoneError
 
 TOOLS = 'tools'
@@ -461,8 +461,10 @@ def _terminate(signum: int, _frame: object) -> NoReturn:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     '''Run the command with the arguments @argv. Returns the exit code.'''
-    signal.signal(signal.SIGTERM, _terminate)
-    signal.signal(signal.SIGHUP, _terminate)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # nohup's wish is respected
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _terminate)
     as_json = '--json' in (sys.argv[1:] if argv is None else argv)
     error: BuildError
     try:
@@ -471,9 +473,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         results = getattr(command, arguments.mode.replace('-', '_'))()
         if arguments.boot:
             boot.boot(results[0])
+        sys.stdout.flush()
         return 0
     except BuildError as e:
         error = e
+    except BrokenPipeError:
+        nobody_listens(sys.stdout)
     except KeyboardInterrupt:
         return 130
     except OSError as e:

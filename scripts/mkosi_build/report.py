@@ -26,15 +26,26 @@ these:
 '''
 
 import json
+import os
+import signal
 import sys
 import threading
 import time
 from contextlib import contextmanager
-from typing import IO, Any, Iterator, Optional
+from typing import IO, Any, Iterator, Mapping, NoReturn, Optional
 
 # Between two updates of a counter, in seconds: enough for a person to see
 # that something moves, little enough for the log of a pipeline.
 COUNTER_INTERVAL = 0.2
+
+
+def nobody_listens(stream: IO[str]) -> NoReturn:
+    '''
+    End as a program does whose output was closed. Nothing more is said,
+    not by Python itself, either.
+    '''
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(128 + signal.SIGPIPE)
 
 
 class Report:
@@ -56,14 +67,20 @@ class Report:
     def event(self, kind: str, text: str, **data: Any) -> None:
         '''Tell one event; @data goes into the JSON form alone.'''
         with self._lock:
-            if self.as_json:
-                seconds = round(time.monotonic() - self.started, 3)
-                record = {'event': kind, 'seconds': seconds,
-                          'text': text, **data}
-                print(json.dumps(record), file=self.stream, flush=True)
-            elif text:
-                self._clear_counter()
-                print(text, file=self.stream, flush=True)
+            try:
+                self._tell(kind, text, data)
+            except BrokenPipeError:
+                nobody_listens(self.stream)
+
+    def _tell(self, kind: str, text: str, data: Mapping[str, Any]) -> None:
+        if self.as_json:
+            seconds = round(time.monotonic() - self.started, 3)
+            record = {'event': kind, 'seconds': seconds,
+                      'text': text, **data}
+            print(json.dumps(record), file=self.stream, flush=True)
+        elif text:
+            self._clear_counter()
+            print(text, file=self.stream, flush=True)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

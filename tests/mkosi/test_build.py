@@ -25,6 +25,7 @@ from mkosi_build.cache import sha256_file
 pytest_plugins = ['fixtures_builder']
 
 ROOT = os.getuid() == 0
+SLOW = pytest.mark.slow
 NEEDS_ROOT = pytest.mark.skipif(not ROOT, reason='mounting needs root')
 # Root goes through closed doors, unless it gives that power up
 # (but a user namespace of root's needs a file capability)
@@ -56,6 +57,7 @@ def assert_untouched(project: Project) -> None:
 
 # The way it should go
 
+@SLOW
 def test_build_and_again(project: Project) -> None:
     '''The registry's bytes, in the asset cache; then nothing to do.'''
     first = project.good()
@@ -101,6 +103,7 @@ def fixture_open_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
+@SLOW
 def test_other_user_umask_zone_locale_path(
         template: Project, debian: Debian, tools_tree: Path,
         open_folder: Path) -> None:
@@ -155,6 +158,7 @@ def link(source: str, dest: str) -> str:
     return dest
 
 
+@SLOW
 def test_in_a_checkout_of_mkosi(project: Project) -> None:
     '''The locked mkosi runs, wherever one stands.'''
     (project.root / 'mkosi').mkdir()
@@ -177,6 +181,7 @@ done
 '''
 
 
+@SLOW
 def test_build_has_no_network(unbuilt: Project, debian: Debian,
                               faults: FaultServer) -> None:
     '''No interface but a loopback that is down; no way to this host.'''
@@ -279,6 +284,7 @@ def failing(project: Project, debian: Debian, *further: str) -> str:
     return reason
 
 
+@SLOW
 def test_script_fails(unbuilt: Project, debian: Debian) -> None:
     '''The script, and its last words.'''
     unbuilt.add_script('mkosi.postoutput',
@@ -290,6 +296,7 @@ def test_script_fails(unbuilt: Project, debian: Debian) -> None:
         '    ‣ "/work/postoutput" returned non-zero exit code 3.']
 
 
+@SLOW
 def test_maintainer_script_fails(unbuilt: Project, debian: Debian) -> None:
     '''The package that it is of.'''
     unbuilt.edit(unbuilt.definition / 'mkosi.conf', 'Packages=mini-hello',
@@ -297,6 +304,7 @@ def test_maintainer_script_fails(unbuilt: Project, debian: Debian) -> None:
     assert 'mini-broken' in failing(unbuilt, debian, 'mini-broken')
 
 
+@SLOW
 def test_package_needs_something_outside(unbuilt: Project,
                                          debian: Debian) -> None:
     '''What it needs, and who.'''
@@ -306,6 +314,7 @@ def test_package_needs_something_outside(unbuilt: Project,
     assert 'mini-outside' in said and 'not-in-the-lock' in said
 
 
+@SLOW
 def test_package_is_not_in_the_lock(unbuilt: Project,
                                     debian: Debian) -> None:
     '''A package that is asked for and not locked is no package.'''
@@ -314,6 +323,7 @@ def test_package_is_not_in_the_lock(unbuilt: Project,
     assert 'mini-outside' in failing(unbuilt, debian)
 
 
+@SLOW
 def test_dependency_was_taken_from_the_lock(unbuilt: Project,
                                             debian: Debian) -> None:
     '''A line less: apt says what is missing.'''
@@ -322,6 +332,7 @@ def test_dependency_was_taken_from_the_lock(unbuilt: Project,
     assert 'mini-hello' in said and 'mini-lib' in said
 
 
+@SLOW
 def test_artefact_is_missing(unbuilt: Project, debian: Debian) -> None:
     '''What was expected, and what there is.'''
     unbuilt.add_script('mkosi.postoutput',
@@ -376,6 +387,7 @@ def wrong_hash(project: Project) -> Tuple[str, str]:
     return wrong, right
 
 
+@SLOW
 def test_other_bytes(project: Project) -> None:
     '''Both hashes; the files are kept to look at, and used by nobody.'''
     wrong, right = wrong_hash(project)
@@ -402,6 +414,7 @@ def test_other_bytes_than_those_built(built: Project) -> None:
     assert len(built.asset_hashes()) == 3
 
 
+@SLOW
 def test_other_size(project: Project) -> None:
     '''A size is part of what the registry says.'''
     project.edit(project.registry, 'size: 7\n            '
@@ -442,6 +455,7 @@ DAMAGES: 'Dict[str, Callable[[Path], None]]' = {
 }
 
 
+@SLOW
 @pytest.mark.parametrize('damage', ['flip', 'exchange', 'remove'])
 def test_artefact_damaged(damage: str, built: Project) -> None:
     '''Never used: made anew.'''
@@ -470,6 +484,7 @@ def test_asset_damaged(damage: str, built: Project) -> None:
     assert [e['event'] for e in built.events(result.stdout)] == ['image']
 
 
+@SLOW
 def test_record_damaged(built: Project) -> None:
     '''A record that says nothing is no record.'''
     record, = built.cache.glob('images/**/record.json')
@@ -480,6 +495,7 @@ def test_record_damaged(built: Project) -> None:
     built.good()
 
 
+@SLOW
 def test_store_file_damaged(project: Project, debian: Debian) -> None:
     '''Fetched again, that one alone.'''
     project.good()
@@ -624,6 +640,7 @@ def test_disk_full_in_fetch(project: Project, tools: str) -> None:
     assert all(name.startswith('store/') for name in left)
 
 
+@SLOW
 @NEEDS_ROOT
 def test_disk_full_in_mkosi(project: Project, tools: str) -> None:
     '''Told as what it is, not as mkosi's failure.'''
@@ -632,6 +649,7 @@ def test_disk_full_in_mkosi(project: Project, tools: str) -> None:
     assert all(name.startswith('store/') for name in left)
 
 
+@SLOW
 @NEEDS_ROOT
 def test_disk_full_in_asset_cache(project: Project) -> None:
     '''Artefacts are copied to another disk: those that fit are whole.'''
@@ -664,6 +682,7 @@ def test_disk_full_in_tools(project: Project, debian: Debian) -> None:
 
 # Two at once
 
+@SLOW
 def test_two_builders_at_once(project: Project) -> None:
     '''Both succeed; the work is done once.'''
     results: List[Tuple[int, str]] = []
