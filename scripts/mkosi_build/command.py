@@ -110,14 +110,22 @@ def _end(process: 'subprocess.Popen[bytes]') -> None:
 
 
 def why_failed(log: Path, lines: int = 10) -> str:
-    '''The last @lines lines of the file @log that tell why it failed.'''
+    '''
+    The last @lines lines of the file @log that tell why it failed; of long
+    ones, which are command lines, beginning and end.
+    '''
     with open(log, encoding='utf-8', errors='replace') as file:
         tail = [line.rstrip() for line in file.readlines()[-200:]]
     tail = [line for line in tail if line]
     telling = [line for line in tail[:-3] if TELLING.search(line)]
     telling += [line for line in tail[-3:]
                 if TELLING.search(line) or SPOKEN.search(line)]
-    return '\n'.join(f'    {line}' for line in (telling or tail)[-lines:])
+    return '\n'.join(f'    {_shortened(line)}'
+                     for line in (telling or tail)[-lines:])
+
+
+def _shortened(line: str) -> str:
+    return line if len(line) <= 180 else f'{line[:80]} ... {line[-80:]}'
 
 
 def check_programs(packages: Mapping[str, str]) -> None:

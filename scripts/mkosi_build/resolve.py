@@ -159,8 +159,10 @@ def _private_apt(work: Path, sources: str, arch: str) -> List[str]:
 def _apt(apt: List[str]) -> str:
     result = command.run(apt)
     if result.returncode:
-        said = ' '.join(result.stderr.split())
-        raise FetchError(f'apt-get failed: {said}',
+        # The first error, and what it says of it
+        match = re.search(r'^(E: |W: GPG)(.*\n?){1,3}', result.stderr, re.M)
+        said = ' '.join((match[0] if match else result.stderr).split())
+        raise FetchError(f'apt-get failed: {hide_password(said)}',
                          next_step='check the mirror, or set '
                          'QEMU_MKOSI_MIRROR to another one')
     return result.stdout

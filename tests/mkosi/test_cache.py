@@ -380,6 +380,10 @@ def test_why_failed_is_short_and_telling(tmp_path: Path) -> None:
     assert len(command.why_failed(log).splitlines()) == 10
     log.write_text('')
     assert command.why_failed(log) == ''
+    log.write_text('E: begin ' + 'x' * 2000 + ' returned 100\n')
+    said = command.why_failed(log)
+    assert said.startswith('    E: begin x') and len(said) < 200
+    assert said.endswith('x returned 100')
 
 
 # Telling
