@@ -11,6 +11,8 @@ import json
 import logging
 import os
 import re
+import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -524,6 +526,7 @@ class MkosiTest(LinuxKernelTest):
     docs/devel/testing/mkosi-images.rst.
     '''
     _boot: Optional['Boot'] = None
+    _commands = 0
 
     def boot_image(self, image: MkosiAsset, append: str = '',
                    wait: bool = True) -> None:
@@ -565,43 +568,56 @@ class MkosiTest(LinuxKernelTest):
                                    f'snapshot=on,file={file}')
         self.vm.add_args('-device', f'{device},drive=mkosi-disk')
 
-    def guest(self, command: str) -> str:
+    def guest(self, command: str, timeout: float = 60.0) -> str:
         '''
         @params command: a line for the shell of the image that was booted
+        @params timeout: how long it may take, in seconds
 
         Returns what it printed, without the last line's end. The test
-        fails if its exit status is not 0.
+        fails if it takes longer or if its exit status is not 0.
         '''
-        output = self._exec(command)
-        status = self._exec('echo $?')
+        assert self._boot is not None
+        self._commands += 1
+        mark = f'status-{self._commands}='
+        # The quotes keep the echo of this line from looking like its result
+        line = f'eval {shlex.quote(command)}; echo guest-"{mark}$?"'
+        deadline = time.monotonic() + timeout
+        try:
+            exec_command(self, line)
+            output = self._read_until(f'guest-{mark}', deadline)
+            status = self._read_until(self._boot.prompt, deadline).split()[0]
+        except socket.timeout:
+            self.fail(f'"{command}" did not end within {timeout} s')
+        finally:
+            self.vm.console_socket.settimeout(None)
+
+        output = output.partition(f'"{mark}$?"\r\n')[2]
+        output = output.replace('\r\n', '\n').rstrip('\n')
         self.assertEqual(status, '0', f'exit status of "{command}" in the '
                                       f'guest, which printed: {output}')
         return output
 
-    def _exec(self, command: str) -> str:
-        exec_command(self, command)
-        # The terminal's echo of the command comes first
-        lines = self._read_until_prompt().splitlines()[1:]
-        return '\n'.join(lines)
-
-    def _read_until_prompt(self) -> str:
-        assert self._boot is not None
+    def _read_until(self, end: str, deadline: float) -> str:
+        '''What the console says up to @end, which is left out'''
         log = logging.getLogger('console')
-        prompt = self._boot.prompt.encode()
+        wanted = end.encode()
         text = b''
         line = b''
-        while line != prompt:
+        while not line.endswith(wanted):
+            left = deadline - time.monotonic()
+            self.vm.console_socket.settimeout(max(left, 0.001))
             char = self.vm.console_socket.recv(1)
             if not char:
-                self.fail(f'the console ended, expected "{self._boot.prompt}"')
+                self.fail(f'the console ended, expected "{end}"')
             line += char
             if char == b'\n':
-                log.debug(line.decode(errors='replace').rstrip())
-                if b'Kernel panic - not syncing' in line:
-                    self.fail(line.decode(errors='replace').rstrip())
+                shown = line.decode(errors='replace').rstrip()
+                log.debug('%s', shown)
+                if 'Kernel panic - not syncing' in shown:
+                    self.fail(shown)
                 text += line
                 line = b''
-        return text.decode(errors='replace')
+        return (text + line[:-len(wanted)]).decode(errors='replace')
 
 
 def _console_index(console: str) -> int:

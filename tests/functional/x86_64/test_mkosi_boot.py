@@ -31,7 +31,8 @@ class DebianMinInitrd(MkosiTest):
 
         self.assertEqual(self.guest('id -u'), '0')
         self.assertIn('mkosi-test=1', self.guest('cat /proc/cmdline'))
-        self.assertEqual(self.guest('echo one; echo two'), 'one\ntwo')
+        self.assertEqual(self.guest('echo one; printf two'), 'one\ntwo')
+        self.assertEqual(self.guest('sleep 60 &'), '')
         with self.assertRaisesRegex(self.failureException, 'exit status'):
             self.guest('false')
 
