@@ -26,7 +26,8 @@ pytest_plugins = ['fixtures_builder']
 
 ROOT = os.getuid() == 0
 SLOW = pytest.mark.slow
-NEEDS_ROOT = pytest.mark.skipif(not ROOT, reason='mounting needs root')
+# As anybody, in a namespace
+MOUNTING = ('unshare', '--user', '--map-root-user', '--mount')
 # Root goes through closed doors, unless it gives that power up
 # (but a user namespace of root's needs a file capability)
 NO_POWERS: Tuple[str, ...] = (
@@ -599,7 +600,7 @@ def on_small_disk(project: Project, folder: Path, size: str, tools: str = '',
     folder.mkdir(exist_ok=True)
     left = project.root / 'left'
     said = project.bad(
-        4, wrapper=('unshare', '--mount', 'sh', '-c', ON_TMPFS, 'sh'),
+        4, wrapper=(*MOUNTING, 'sh', '-c', ON_TMPFS, 'sh'),
         SIZE=size, FOLDER=str(folder), TOOLS=tools, FILL=fill,
         LEFT=str(left))
     files = left.read_text().splitlines()
@@ -614,7 +615,6 @@ def fixture_tools(tools_tree: Path) -> str:
     return str(tools_tree)
 
 
-@NEEDS_ROOT
 def test_disk_is_too_small(project: Project, tools: str) -> None:
     '''Told before work begins.'''
     said, left = on_small_disk(project, project.cache, '8m', tools,
@@ -623,7 +623,6 @@ def test_disk_is_too_small(project: Project, tools: str) -> None:
     assert not left
 
 
-@NEEDS_ROOT
 def test_disk_full_at_the_start(project: Project) -> None:
     '''Not even the first probe fits.'''
     said, left = on_small_disk(project, project.assets, '4k', fill='yes')
@@ -632,7 +631,6 @@ def test_disk_full_at_the_start(project: Project) -> None:
     assert not (project.cache / 'store').exists()
 
 
-@NEEDS_ROOT
 def test_disk_full_in_fetch(project: Project, tools: str) -> None:
     '''What is whole stays; of what is not, the resumable part.'''
     said, left = on_small_disk(project, project.cache, '500k', tools)
@@ -641,7 +639,6 @@ def test_disk_full_in_fetch(project: Project, tools: str) -> None:
 
 
 @SLOW
-@NEEDS_ROOT
 def test_disk_full_in_mkosi(project: Project, tools: str) -> None:
     '''Told as what it is, not as mkosi's failure.'''
     said, left = on_small_disk(project, project.cache, '5m', tools)
@@ -650,7 +647,6 @@ def test_disk_full_in_mkosi(project: Project, tools: str) -> None:
 
 
 @SLOW
-@NEEDS_ROOT
 def test_disk_full_in_asset_cache(project: Project) -> None:
     '''Artefacts are copied to another disk: those that fit are whole.'''
     said, left = on_small_disk(project, project.assets, '1m')
@@ -661,7 +657,6 @@ def test_disk_full_in_asset_cache(project: Project) -> None:
     project.good()
 
 
-@NEEDS_ROOT
 def test_disk_full_in_tools(project: Project, debian: Debian) -> None:
     '''While the tools are unpacked: told, and nothing half unpacked.'''
     tools = locks.load(project.mkosi / 'tools/x86_64.lock')
@@ -672,7 +667,7 @@ def test_disk_full_in_tools(project: Project, debian: Debian) -> None:
     project.python += ['-c', NO_SPACE_CHECK, str(project.tree / 'scripts')]
     said = project.bad(
         4, '--local',
-        wrapper=('unshare', '--mount', 'sh', '-c', ON_TMPFS, 'sh'),
+        wrapper=(*MOUNTING, 'sh', '-c', ON_TMPFS, 'sh'),
         SIZE='2m', FOLDER=str(project.cache), TOOLS='', FILL='',
         LEFT=str(project.root / 'left'))
     assert 'no space left' in said.lower()
