@@ -101,7 +101,7 @@ def fixture_parser(request: pytest.FixtureRequest,
 def load(tmp_path: Path, text: str) -> registry.Registry:
     '''Read the text as a registry.'''
     path = tmp_path / 'registry.yaml'
-    path.write_text(text, encoding='utf-8', newline='')
+    path.write_bytes(text.encode())
     return registry.load(path)
 
 
