@@ -56,6 +56,14 @@ class Server:
         self.url = f'http://127.0.0.1:{self.http.server_port}'
 
 
+def pytest_make_parametrize_id(val: object) -> Optional[str]:
+    '''
+    Names for tests of data: pytest puts a test's name into the environment
+    of the programs that it runs, where long data does not fit.
+    '''
+    return f'{len(val)} bytes' if isinstance(val, bytes) else None
+
+
 @pytest.fixture(name='server')
 def fixture_server() -> Iterator[Server]:
     '''A Server, gone when the test ends.'''
