@@ -88,6 +88,7 @@ class DebianMinDisk(MkosiTest):
         self.boot_image(self.ASSET_IMAGE)
 
         self.guest('dhclient eth0')
+        self.assertIn('10.0.2.15/24', self.guest('ip -brief address'))
         self.guest('cd /tmp')
         self.guest('seq 1 200000 > numbers')
         numbers = ''.join(f'{n}\n' for n in range(1, 200001))
