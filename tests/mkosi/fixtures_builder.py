@@ -26,11 +26,11 @@ from typing import (Any, Callable, Dict, Iterator, List, Mapping, Optional,
 
 import pytest
 
-from mkosi_build import build, lock as locks, tools
+from mkosi_build import build, lock as locks, resolve, tools
 from mkosi_build.cache import Cache
 from mkosi_build.lock import Lock, Package
 from mkosi_build.report import Report
-from mkosi_build.store import Store
+from mkosi_build.store import GoneError, Store
 
 ROOT = Path(__file__).resolve().parents[2]
 TREE_LOCKS = ROOT / 'tests/functional/mkosi/tools'
@@ -281,19 +281,27 @@ class Debian:
 def fixture_tools_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     '''
     The real tools tree: the one in the user's cache, else the builder
-    makes it, once, of packages from the network.
+    makes it, once, of packages from the network; of newer ones if the
+    locked ones are gone, and then their lock is beside it.
     '''
-    lock = locks.load(TREE_LOCKS / f'{build.host_architecture()}.lock')
+    host = build.host_architecture()
+    lock = locks.load(TREE_LOCKS / f'{host}.lock')
+    report = Report()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in AMBIENT.items():
             patch.setenv(name, value)
         cache = Cache()
-        if not (cache.tools / lock.digest).is_dir():
-            patch.setenv('QEMU_MKOSI_DIR',
-                         str(tmp_path_factory.mktemp('tools')))
-            cache = Cache()
-        report = Report()
-        return tools.ensure(lock, cache, Store(cache, report), report)
+        if (cache.tools / lock.digest).is_dir():
+            return cache.tools / lock.digest
+        patch.setenv('QEMU_MKOSI_DIR', str(tmp_path_factory.mktemp('tools')))
+        cache = Cache()
+        try:
+            return tools.ensure(lock, cache, Store(cache, report), report)
+        except GoneError:
+            lock = resolve.tools_lock(TREE_LOCKS, host, cache, report)
+            tree = tools.ensure(lock, cache, Store(cache, report), report)
+            tree.with_suffix('.lock').write_text(locks.render(lock))
+            return tree
 
 
 @pytest.fixture(name='debian', scope='session')
@@ -418,6 +426,7 @@ class Project:
                     'QEMU_TEST_CACHE_DIR': str(self.assets)}
         root.mkdir(parents=True, exist_ok=True)
         (root / 'apt.conf').write_text(APT_CONF)
+        self.newer_tools = tools_tree.with_suffix('.lock')
         tree = self.cache / 'tools' / tools_tree.name
         if not tree.exists():
             tree.parent.mkdir(parents=True)
@@ -433,6 +442,9 @@ class Project:
             else:
                 shutil.copy(source, dest / name)
         shutil.copytree(TREE_LOCKS, self.mkosi / 'tools')
+        if self.newer_tools.exists():
+            shutil.copy(self.newer_tools, self.mkosi / 'tools'
+                        / f'{build.host_architecture()}.lock')
         self.definition.mkdir()
         (self.definition / 'mkosi.conf').write_text(CONF)
         self.add_script('mkosi.postoutput', POSTOUTPUT)
