@@ -72,7 +72,7 @@ venv_whole() {
         "$venv/bin/python" -c '
 import importlib.util, sys
 sys.exit(not all(map(importlib.util.find_spec, (
-    "mesonbuild", "ninja", "pycotap", "qemu.qmp", "yaml", "requests",
+    "mesonbuild", "ninja", "pycotap", "qemu.qmp", "yaml",
     "pytest", "flake8", "mypy", "pylint"))))' 2> /dev/null
 }
 
