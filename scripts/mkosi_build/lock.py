@@ -3,9 +3,9 @@
 Locks: which packages a build may use, and what a build is.
 
 A lock is plain text. Its header says what it was made for; then comes a
-sorted line a package: SHA-256, size in bytes, name, version, and location
-relative to the distribution's repository. It lists what was fetched, not
-what stayed installed, since both decide bytes.
+sorted line a package: SHA-256, size in bytes, name, version, architecture,
+source package, and location relative to the distribution's repository. It
+lists what was fetched, not what stayed installed, since both decide bytes.
 '''
 
 import hashlib
@@ -20,7 +20,7 @@ from .error import InputError
 
 # Every file in QEMU has one; in two parts, since this is not this file's
 SPDX = '# SPDX-License-Identifier' + ': GPL-2.0-or-later'
-FORMAT = 'mkosi-build lock 1'
+FORMAT = 'mkosi-build lock 2'
 HEADER = ('definition', 'distribution', 'release', 'architecture', 'epoch')
 
 # Changed when the builder itself comes to make other bytes of the same
@@ -28,8 +28,12 @@ HEADER = ('definition', 'distribution', 'release', 'architecture', 'epoch')
 BUILDER = 'mkosi-build 1'
 
 _HASH = re.compile(r'[0-9a-f]{64}')
-_LOCATION = re.compile(r'[A-Za-z0-9][A-Za-z0-9._+~:%/-]*')
-_WORD = re.compile(r'[A-Za-z0-9][A-Za-z0-9._+~:-]*')
+_INCLUDE = re.compile(r'\.\./[A-Za-z0-9][A-Za-z0-9._-]*')
+# The caret is for Fedora: what comes after it was added after a release
+_LOCATION = re.compile(r'[A-Za-z0-9][A-Za-z0-9._+~^:%/-]*')
+_WORDS = {what: re.compile(rf'[A-Za-z0-9][A-Za-z0-9._+{more}-]*')
+          for what, more in (('name', ''), ('version', '~^:'),
+                             ('architecture', ''), ('source', '~^:='))}
 
 
 class LockError(InputError):
@@ -43,12 +47,18 @@ class LockError(InputError):
 
 @dataclass(frozen=True, order=True)
 class Package:
-    '''A package as the lock knows it; @size in bytes.'''
+    '''
+    A package as the lock knows it; @size in bytes. Debian's @source is
+    name=version, Fedora's the name of the source package's file; @version
+    and @architecture are in the distribution's own words.
+    '''
     name: str
     version: str
     location: str
     sha256: str
     size: int
+    architecture: str
+    source: str
 
     @property
     def file_name(self) -> str:
@@ -81,31 +91,32 @@ def render(lock: Lock) -> str:
     '''The text of @lock.'''
     lines = [SPDX, f'# {FORMAT}']
     lines += [f'# {key}: {getattr(lock, key)}' for key in HEADER]
-    lines += [f'{p.sha256} {p.size} {p.name} {p.version} {p.location}'
-              for p in sorted(lock.packages)]
+    lines += [f'{p.sha256} {p.size} {p.name} {p.version} {p.architecture} '
+              f'{p.source} {p.location}' for p in sorted(lock.packages)]
     return '\n'.join(lines) + '\n'
 
 
 def _parse_package(place: str, line: str) -> Package:
     fields = line.split(' ')
-    if len(fields) != 5:
+    if len(fields) != 7:
         raise LockError(f'{place}: expected "sha256 size name version '
-                        f'location", found {line!r}')
-    sha256, size, name, version, location = fields
+                        f'architecture source location", found {line!r}')
+    sha256, size, name, version, architecture, source, location = fields
     if not _HASH.fullmatch(sha256):
         raise LockError(f'{place}: expected a SHA-256 of 64 hex digits, '
                         f'found {sha256!r}')
     if not re.fullmatch(r'[1-9][0-9]{0,11}', size):
         raise LockError(f'{place}: expected a size in bytes, found {size!r}')
-    for what, word in (('name', name), ('version', version)):
-        if not _WORD.fullmatch(word):
+    for (what, pattern), word in zip(_WORDS.items(), fields[2:6]):
+        if not pattern.fullmatch(word):
             raise LockError(f'{place}: not a package {what}: {word!r}')
     parts = location.split('/')
     if (not _LOCATION.fullmatch(location)
             or any(part in ('', '.', '..') for part in parts)):
         raise LockError(f'{place}: not a location below a repository: '
                         f'{location!r}')
-    return Package(name, version, location, sha256, int(size))
+    return Package(name, version, location, sha256, int(size), architecture,
+                   source)
 
 
 def _parse_packages(place: str, lines: Sequence[str]) -> List[Package]:
@@ -198,16 +209,49 @@ def diff(old: Sequence[Package], new: Sequence[Package]) -> List[str]:
     return lines
 
 
-def definition_files(folder: Path) -> List[Path]:
+def _includes(folder: Path) -> List[str]:
+    '''What the settings in @folder include, as they name it.'''
+    names: List[str] = []
+    for path in sorted((folder / 'mkosi.conf',
+                        *folder.glob('mkosi.conf.d/**/*.conf'))):
+        # A setting goes on in the lines below it that are indented
+        for value in re.findall(r'^Include *=(.*(?:\n[ \t].*)*)',
+                                path.read_text(encoding='utf-8'), re.M):
+            for name in re.split(r'[\s,]+', value.strip()):
+                if not _INCLUDE.fullmatch(name):
+                    raise InputError(
+                        f'{path}: Include={name}: expected ../NAME, a folder '
+                        'beside this one', next_step='move what it has into '
+                        'such a folder')
+                names.append(name[len('../'):])
+    return names
+
+
+def included(folder: Path) -> List[Path]:
     '''
-    The files and links below @folder that a build sees, relative to it and
-    sorted: all but the locks. Raises InputError for anything that is
-    neither file, link nor folder, and where there is no mkosi.conf.
+    The folders beside @folder that the definition there includes, and that
+    these include, in order. Raises InputError for any other include, and
+    where there is no such folder with a mkosi.conf.
     '''
-    if not (folder / 'mkosi.conf').is_file():
-        raise InputError(f'{folder}: no definition there (no mkosi.conf)',
-                         next_step='check the name after "definition:" in '
-                         'the registry')
+    found: List[Path] = []
+    todo = [folder]
+    while todo:
+        where = todo.pop(0)
+        if not (where / 'mkosi.conf').is_file():
+            raise InputError(f'{where}: no definition there (no mkosi.conf)',
+                             next_step='check the name after "definition:" '
+                             'in the registry' if where == folder else
+                             'check the line Include=../'
+                             f'{where.name} in {folder}/mkosi.conf')
+        for name in _includes(where):
+            if folder.parent / name not in (folder, *found):
+                found.append(folder.parent / name)
+                todo.append(folder.parent / name)
+    return found
+
+
+def _files(folder: Path) -> List[Path]:
+    '''The files and links below @folder that a build sees.'''
     files = []
     for parent, folders, names in os.walk(folder):
         # Python leaves this behind wherever it runs
@@ -225,11 +269,23 @@ def definition_files(folder: Path) -> List[Path]:
     return sorted(files)
 
 
+def definition_files(folder: Path) -> List[Path]:
+    '''
+    The files and links of the definition in @folder that a build sees,
+    relative to it: all but the locks, sorted, and then those of the folders
+    that it includes, which begin with "..". Raises InputError for anything
+    that is neither file, link nor folder, and what included() does.
+    '''
+    others = included(folder)
+    return _files(folder) + [Path('..', other.name, name)
+                             for other in others for name in _files(other)]
+
+
 def definition_digest(folder: Path) -> str:
     '''
-    The digest of the definition in @folder: of each file's path, content
-    and x bit, and each link's path and target; not of times, owners and
-    other modes, which differ between checkouts.
+    The digest of the definition in @folder and of what it includes: of each
+    file's path, content and x bit, and each link's path and target; not of
+    times, owners and other modes, which differ between checkouts.
     '''
     digest = hashlib.sha256()
     for name in definition_files(folder):

@@ -58,6 +58,8 @@ _DEVICE = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]*')
 _ARGUMENT = re.compile(r'[!-~]+')
 _LINE = re.compile(r'[ -~]*[!-~][ -~]*')
 _STORE = re.compile(r'(https?|file)://[A-Za-z0-9._~:/%@+-]+')
+_MIRROR = re.compile(
+    r'(https?|file)://([A-Za-z0-9._~:/%@+-]|\{arch\})+')
 # YAML takes more characters for the end of a line than an editor does
 _ODD_ENDS = re.compile('[\r\x85\u2028\u2029\ufeff]')
 
@@ -122,13 +124,18 @@ class Target:
 
 @dataclass(frozen=True)
 class Image:
-    '''An image; @definition is a folder beside the registry'''
+    '''
+    An image; @definition is a folder beside the registry. @mirrors are
+    base URLs of its distribution's repository, without a slash at the end;
+    {arch} in them is the distribution's name of the architecture.
+    '''
     name: str
     description: str
     definition: str
     distribution: str
     release: str
     targets: Mapping[str, Target]
+    mirrors: Tuple[str, ...] = ()
 
     def target(self, arch: str) -> Target:
         '''
@@ -566,6 +573,8 @@ _read_argument = _reads(_STRING, _ARGUMENT,
                         'one argument, without white space')
 _read_line = _reads(_STRING, _LINE, 'a line of printable ASCII')
 _read_url = _reads(_STRING, _STORE, 'an http, https or file URL')
+_read_mirror = _reads(_STRING, _MIRROR, 'an http, https or file URL, in which '
+                      '{arch} stands for the architecture')
 _read_digits = _reads(_NUMBER, _INTEGER, 'a positive whole number')
 _read_ratio = _reads(_NUMBER, _RATIO, 'a positive number')
 
@@ -614,15 +623,19 @@ def _read_registry(path: Path, root: _Node, place: _Place) -> Registry:
             f'expected schema {SCHEMA}, found {schema}')
     pairs = _fields(root, place, ('schema', 'images'), ('stores',))
 
-    stores: Tuple[str, ...] = ()
-    if 'stores' in pairs:
-        stores = tuple(url.rstrip('/') for url in
-                       _items(pairs['stores'], place, _read_url))
+    stores = _read_urls(pairs, 'stores', place, _read_url)
     images = {}
     for name, node in _mapping(pairs['images'], place).items():
         _check_key(name, node, place)
         images[name] = _read_image(name, node, replace(place, image=name))
     return Registry(path, stores, images)
+
+
+def _read_urls(pairs: Dict[str, _Node], key: str, place: _Place,
+               read: _Read[str]) -> Tuple[str, ...]:
+    if key not in pairs:
+        return ()
+    return tuple(url.rstrip('/') for url in _items(pairs[key], place, read))
 
 
 def _check_key(name: str, node: _Node, place: _Place) -> None:
@@ -635,7 +648,7 @@ def _check_key(name: str, node: _Node, place: _Place) -> None:
 def _read_image(name: str, node: _Node, place: _Place) -> Image:
     pairs = _fields(node, place, ('description', 'definition',
                                   'distribution', 'release',
-                                  'architectures'))
+                                  'architectures'), ('mirrors',))
     targets = {}
     for arch, value in _mapping(pairs['architectures'], place).items():
         if arch not in ARCHITECTURES:
@@ -651,7 +664,8 @@ def _read_image(name: str, node: _Node, place: _Place) -> Image:
                  definition=_read_name(pairs['definition'], place),
                  distribution=_read_name(pairs['distribution'], place),
                  release=_read_name(pairs['release'], place),
-                 targets=targets)
+                 targets=targets,
+                 mirrors=_read_urls(pairs, 'mirrors', place, _read_mirror))
 
 
 def _read_target(arch: str, node: _Node, place: _Place) -> Target:

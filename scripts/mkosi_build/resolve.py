@@ -50,6 +50,12 @@ def _stanzas(index: Path) -> Iterator[Dict[str, str]]:
         yield stanza
 
 
+def _source(stanza: Dict[str, str]) -> str:
+    '''The source package of @stanza, which says where it differs.'''
+    name, _, version = stanza.get('Source', stanza['Package']).partition(' ')
+    return f'{name}={version.strip("()") or stanza["Version"]}'
+
+
 def _index(lists: Path) -> Dict[str, Package]:
     '''What the verified package lists in @lists have, by SHA-256.'''
     known = {}
@@ -57,7 +63,8 @@ def _index(lists: Path) -> Dict[str, Package]:
         for stanza in _stanzas(path):
             known[stanza['SHA256']] = Package(
                 stanza['Package'], stanza['Version'], stanza['Filename'],
-                stanza['SHA256'], int(stanza['Size']))
+                stanza['SHA256'], int(stanza['Size']),
+                stanza['Architecture'], _source(stanza))
     return known
 
 

@@ -246,7 +246,8 @@ def make_package(mirror: Path, name: str, version: str = '1', *,
     shutil.rmtree(folder)
     data = file.read_bytes()
     return Package(name, version, location,
-                   hashlib.sha256(data).hexdigest(), len(data))
+                   hashlib.sha256(data).hexdigest(), len(data), 'amd64',
+                   f'{name}={version}')
 
 
 OS_RELEASE = 'ID=debian\nVERSION_ID=13\nVERSION_CODENAME=trixie\n'

@@ -358,7 +358,8 @@ def test_package_is_no_package(unbuilt: Project, debian: Debian,
     data = b'not a package'
     good = debian.packages['mini-lib']
     bad = locks.Package(good.name, good.version, good.location,
-                        sha256_of(tmp_path, data), len(data))
+                        sha256_of(tmp_path, data), len(data), 'amd64',
+                        good.source)
     packages = {**debian.packages, 'mini-lib': bad}
     mirror = tmp_path / 'mirror'
     shutil.copytree(debian.mirror, mirror)

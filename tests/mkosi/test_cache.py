@@ -484,7 +484,7 @@ def test_repository_refuses_what_is_no_package(cache: Cache,
     (tmp_path / 'debs').mkdir()
     (tmp_path / 'debs/x_1_amd64.deb').write_text('hello\n')
     text = (f'{caches.sha256_file(tmp_path / "debs/x_1_amd64.deb")} 6 x 1 '
-            'x_1_amd64.deb')
+            'amd64 x=1 x_1_amd64.deb')
     lock = locks.parse(locks.render(Lock(
         'd' * 64, 'debian', 'trixie', 'x86_64', EPOCH, ())) + text, 'a.lock')
     with pytest.raises(InputError, match='x_1_amd64.deb: not a Debian'):

@@ -20,7 +20,7 @@ def package(name: str = 'hello', version: str = '1.0-1', digit: str = 'a',
     '''A package of which the tests change one thing.'''
     return Package(name, version,
                    f'pool/main/h/{name}/{name}_{version}_amd64.deb',
-                   digit * 64, size)
+                   digit * 64, size, 'amd64', f'{name}={version}')
 
 
 def a_lock(*packages: Package) -> Lock:
@@ -49,10 +49,20 @@ def test_lock_takes_the_characters_of_real_packages() -> None:
     '''Epochs, tildes, pluses, and an escaped colon in the location.'''
     odd = Package('libstdc++6', '1:2.0~rc1+b2-3',
                   'pool/main/g/gcc/libstdc++6_1%3a2.0~rc1+b2-3_amd64.deb',
-                  'c' * 64, 99)
+                  'c' * 64, 99, 'amd64', 'gcc-14=14.2.0~rc1-19')
     text = locks.render(a_lock(odd))
     assert locks.parse(text, 'a.lock').packages == (odd,)
     assert odd.file_name == 'libstdc++6_1%3a2.0~rc1+b2-3_amd64.deb'
+
+
+def test_lock_takes_the_characters_of_real_rpms() -> None:
+    '''Carets and pluses, in names and versions, and underscores.'''
+    odd = Package('libstdc++-v3_x', '32:10.3^20250808git1-2.fc43',
+                  'Packages/l/libstdc++-v3_x-10.3^20250808git1-2.fc43.'
+                  'aarch64.rpm', 'c' * 64, 99, 'aarch64',
+                  'gcc-10.3^20250808git1-2.fc43.src.rpm')
+    text = locks.render(a_lock(odd))
+    assert locks.parse(text, 'a.lock').packages == (odd,)
 
 
 # Each rule once: line and what becomes of it, and what the error says
@@ -94,8 +104,8 @@ def same_bytes(lines: List[str]) -> None:
 
 REFUSED = [
     (line(1, '# something else'), ":1: expected '# SPDX-License"),
-    (line(2, '# something else'), ":2: expected '# mkosi-build lock 1'"),
-    (line(2, '# mkosi-build lock 2'), "found '# mkosi-build lock 2'"),
+    (line(2, '# something else'), ":2: expected '# mkosi-build lock 2'"),
+    (line(2, '# mkosi-build lock 1'), "found '# mkosi-build lock 1'"),
     (line(3, '# definition: short'), ':3: expected a digest of 64 hex'),
     (line(4, '# distro: debian'), ':4: expected "# distribution: ..."'),
     (line(5, '# release: '), ':5: expected "# release: ..."'),
@@ -104,7 +114,8 @@ REFUSED = [
     (line(7, '# epoch: yesterday'), ':7: expected seconds since 1970, found '
      "'yesterday'"),
     (line(7, '# epoch: -1700000000'), ':7: expected seconds since 1970'),
-    (line(8, ''), ':8: expected "sha256 size name version location"'),
+    (line(8, ''), ':8: expected "sha256 size name version architecture '
+     'source location"'),
     (in_package(' 1234 ', ' '), ':8: expected "sha256 size name version'),
     (in_package(' 1234 ', '  1234 '), ':8: expected "sha256 size name'),
     (in_package(' 1234 ', ' 1234 x '), ':8: expected "sha256 size name'),
@@ -117,7 +128,13 @@ REFUSED = [
     (in_package(' 1234 ', ' 01234 '), ":8: expected a size in bytes, found"),
     (in_package(' hello ', ' -oEvil '), ":8: not a package name: '-oEvil'"),
     (in_package(' hello ', ' he/llo '), ":8: not a package name: 'he/llo'"),
+    (in_package(' he', ' he^'), ":8: not a package name: 'he^llo'"),
     (in_package(' 1.0-1 ', ' $(id) '), ":8: not a package version: '$(id)'"),
+    (in_package(' amd64 ', ' amd:64 '),
+     ":8: not a package architecture: 'amd:64'"),
+    (in_package(' amd64 ', ' '), ':8: expected "sha256 size name version'),
+    (in_package(' hello=1.0-1 ', ' ../hello '),
+     ":8: not a package source: '../hello'"),
     (in_package('pool/main', '/pool/main'), ':8: not a location below'),
     (in_package('pool/main', 'pool/../../..'), ':8: not a location below'),
     (in_package('pool/main', '../pool'), ':8: not a location below'),
@@ -270,6 +287,67 @@ def test_definition_digest_is_the_same_elsewhere(tmp_path: Path) -> None:
     '''The path of a checkout does not matter.'''
     assert (locks.definition_digest(write_definition(tmp_path / 'a'))
             == locks.definition_digest(write_definition(tmp_path / 'b/c')))
+
+
+def test_definition_covers_what_it_includes(tmp_path: Path) -> None:
+    '''Files beside it, under names that say so, whoever includes them.'''
+    folder = write_definition(tmp_path / 'image')
+    alone = locks.definition_digest(folder)
+    common = write_definition(tmp_path / 'common')
+    (common / 'x86_64.lock').write_text('')
+    assert not locks.included(folder)
+    assert locks.definition_digest(folder) == alone
+    (folder / 'mkosi.conf').write_text('[Include]\nInclude=../common\n')
+    assert locks.included(folder) == [common]
+    own = [Path('mkosi.conf'), Path('mkosi.extra/etc/link'),
+           Path('mkosi.extra/etc/motd'), Path('mkosi.postinst')]
+    assert locks.definition_files(folder) == own + [
+        Path('../common', name) for name in own]
+    before = locks.definition_digest(folder)
+    (common / 'mkosi.postinst').write_text('#!/bin/sh -e\n')
+    assert locks.definition_digest(folder) != before
+
+
+@pytest.mark.parametrize('name, text', [
+    ('image/mkosi.conf', 'Include=\n        ../a\n    ../b\n'),
+    ('image/mkosi.conf', 'Include=../a ../b\n'),
+    ('image/mkosi.conf', 'Include=../a,../b\n'),
+    ('image/mkosi.conf', 'Include = ../a\nPackages=x\nInclude=../b\n'),
+    ('image/mkosi.conf.d/x86_64.conf', 'Include=../a\nInclude=../b\n'),
+    ('a/mkosi.conf', 'Include=../b\nInclude=../image\n'),
+])
+def test_included(name: str, text: str, tmp_path: Path) -> None:
+    '''However it is written, and by what was included, too.'''
+    for folder in ('image', 'a', 'b'):
+        write_definition(tmp_path / folder)
+    (tmp_path / 'image/mkosi.conf').write_text('Include=../a\n')
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(text)
+    assert locks.included(tmp_path / 'image') == [
+        tmp_path / 'a', tmp_path / 'b']
+
+
+@pytest.mark.parametrize('value', [
+    '', 'common', './common', '../../common', '/common', 'mkosi-initrd',
+    '../common/mkosi.conf', '../common/', '..', '../.', '../..', '%D/common',
+    '../common mkosi-tools'])
+def test_included_elsewhere(value: str, tmp_path: Path) -> None:
+    '''What a build would not find beside its copy is refused.'''
+    folder = write_definition(tmp_path / 'image')
+    write_definition(tmp_path / 'common')
+    (folder / 'mkosi.conf').write_text(f'[Include]\nInclude={value}\n')
+    with pytest.raises(InputError, match=r'mkosi\.conf: Include=.*: expected '
+                       r'\.\./NAME, a folder beside'):
+        locks.definition_digest(folder)
+
+
+def test_included_missing(tmp_path: Path) -> None:
+    '''The file that includes it is named.'''
+    folder = write_definition(tmp_path / 'image')
+    (folder / 'mkosi.conf').write_text('[Include]\nInclude=../common\n')
+    with pytest.raises(InputError, match='common: no definition there') as e:
+        locks.definition_files(folder)
+    assert 'Include=../common' in str(e.value)
 
 
 def test_definition_missing_or_odd(tmp_path: Path) -> None:

@@ -154,6 +154,17 @@ def test_valid(tmp_path: Path) -> None:
     assert other.artefacts['kernel'].sha256 is None
 
 
+def test_mirrors(tmp_path: Path) -> None:
+    '''In the order that they stand in, and none by default.'''
+    text, _ = changed('release: trixie', 'release: trixie\n    mirrors:\n'
+                      '      - https://m.example/{arch}/os/\n'
+                      '      - file:///srv/{arch}/{arch}')
+    images = load(tmp_path, text).images
+    assert images['debian-min'].mirrors == (
+        'https://m.example/{arch}/os', 'file:///srv/{arch}/{arch}')
+    assert images['fedora-min'].mirrors == ()
+
+
 def test_hash_of_digits(tmp_path: Path) -> None:
     '''A hash that YAML takes for a number is a hash all the same.'''
     text, _ = changed(FOUR, ONE)
@@ -176,7 +187,8 @@ WRONG = [
      DEBIAN + "unknown key 'budgte', did you mean 'budget'?"),
     ('definition: debian-min', 'definition: debian-min\n    xyz: 1',
      "In image 'debian-min': unknown key 'xyz', expected one of: "
-     'description, definition, distribution, release, architectures'),
+     'description, definition, distribution, release, architectures, '
+     'mirrors'),
     ('\nschema: 1', '\nschema: 1\nstors: []',
      "unknown key 'stors', did you mean 'stores'?"),
     ('file: vmlinuz\n', 'flie: vmlinuz\n', DEBIAN + "unknown key 'flie', did "
@@ -281,6 +293,18 @@ WRONG = [
     ('format: bzimage', 'format: bzImage', DEBIAN + "unknown format of kernel "
      "'bzImage', did you mean 'bzimage'"),
     ('format: bzimage', 'format: [x]', 'expected a format of kernel'),
+    ('release: trixie', 'release: trixie\n    mirrors: http://m.example',
+     "In image 'debian-min': expected a list, found the string"),
+    ('release: trixie', 'release: trixie\n    mirrors:\n      - 7',
+     "expected an http, https or file URL, in which {arch} stands for the "
+     "architecture, found the number '7'"),
+    *[('release: trixie', f"release: trixie\n    mirrors: ['{url}']",
+       f"In image 'debian-min': expected an http, https or file URL, in which "
+       f"{{arch}} stands for the architecture, found the string '{url}'")
+      for url in ('ftp://m.example', 'm.example', 'http://',
+                  'http://m.example/{arhc}', 'http://m.example/{arch',
+                  'http://m.example/arch}', 'http://m.example/{{arch}}',
+                  'http://m.example/a b', 'http://m.example/$basearch')],
     ('https://store', 'ftp://store', 'expected an http, https or file URL'),
     ('https://store', 'https://user name@store', 'an http, https or file'),
     ('/images/ ', '/images/?a=b ', 'expected an http, https or file URL'),

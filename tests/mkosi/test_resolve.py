@@ -161,7 +161,7 @@ def gone(lock: Lock, name: str) -> Lock:
     '''@lock with a version of the package @name that no mirror has.'''
     old = next(p for p in lock.packages if p.name == name)
     new = Package(name, '0.0', f'pool/main/g/gone/{name}_0.0_amd64.deb',
-                  '0' * 64, 100)
+                  '0' * 64, 100, 'amd64', f'{name}=0.0')
     return locks.Lock(
         lock.definition, lock.distribution, lock.release, lock.architecture,
         lock.epoch,

@@ -32,7 +32,8 @@ def package(name: str = 'hello', body: bytes = BODY) -> Package:
     '''What a lock says of a package with @body.'''
     return Package(name, '1.0-1+b1',
                    f'pool/main/h/{name}/{name}_1.0-1+b1_amd64.deb',
-                   hashlib.sha256(body).hexdigest(), len(body))
+                   hashlib.sha256(body).hexdigest(), len(body), 'amd64',
+                   f'{name}=1.0-1')
 
 
 HELLO = package()
