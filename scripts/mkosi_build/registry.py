@@ -51,6 +51,7 @@ _MAX_DEPTH = 16
 _MAX_LENGTH = 200
 
 _NAME = re.compile(r'[a-z0-9][a-z0-9._-]*')
+_FILE = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]*')
 _HASH = re.compile(r'[0-9a-f]{64}')
 _INTEGER = re.compile(r'[1-9][0-9]{0,14}')
 _RATIO = re.compile(r'[0-9]{1,6}(\.[0-9]{1,6})?')
@@ -566,6 +567,8 @@ def _reads(types: Tuple[str, ...], pattern: 're.Pattern[str]',
 
 _read_name = _reads(_STRING, _NAME,
                     'a name (a-z, 0-9, dot, dash, underscore)')
+_read_file = _reads(_STRING, _FILE,
+                    'a file name (A-Z, a-z, 0-9, dot, dash, underscore)')
 # A hash of digits alone is a number to YAML
 _read_hash = _reads(_STRING + _NUMBER, _HASH, '64 lower-case hex digits')
 _read_device = _reads(_STRING, _DEVICE, 'the name of a device')
@@ -728,7 +731,7 @@ def _read_artefact(kind: str, node: _Node, place: _Place) -> Artefact:
             'expected both or neither')
     return Artefact(
         kind=kind,
-        file=_read_name(pairs['file'], place),
+        file=_read_file(pairs['file'], place),
         format=_read_choice(pairs['format'], place, FORMATS[kind],
                             f'format of {kind}'),
         sha256=_optional(pairs, 'sha256', place, _read_hash),
