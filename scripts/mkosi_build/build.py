@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from . import command, lock as locks, repository, tools
+from . import command, emulate, lock as locks, repository, tools
 from .cache import (Cache, host_error, remove_tree, sha256_file,
                     write_atomically)
 from .error import HostError, InputError, MismatchError, MkosiError
@@ -134,10 +134,13 @@ def prepare(registry: Registry, image: Image, arch: str) -> Job:
                tuple(tool_locks[name] for name in sorted(tool_locks)))
 
 
-def check_host(cache: Cache) -> None:
-    '''Raise HostError for whatever would stop a build on this host.'''
+def check_host(cache: Cache, arch: str) -> None:
+    '''
+    Raise HostError for whatever would stop a build for @arch on this host.
+    '''
     command.check_programs(PROGRAMS)
     command.check_namespaces()
+    emulate.check_host(arch)
     cache.check_writable()
     free = shutil.disk_usage(cache.root).free
     if free < SPACE_NEEDED:
@@ -195,7 +198,7 @@ class Builder:
             # Nothing that a build which is there would need
             pass
         if result is None:
-            check_host(self.cache)
+            check_host(self.cache, job.target.arch)
 
             def waiting() -> None:
                 self.report.event('waiting', '         waiting for another '
@@ -234,7 +237,7 @@ class Builder:
 
     def _build(self, job: Job, compare: bool) -> Result:
         tree = tools.ensure(job.tool_lock, self.cache, self.store,
-                            self.report)
+                            self.report, job.target.arch)
         self.store.fetch(job.lock.packages, job.lock.distribution,
                          job.image.name)
         with self.cache.scratch(job.name) as work:
@@ -312,9 +315,11 @@ def run_mkosi(job: Job, tree: Path, work: Path, log: Path, mirror: str,
     '''
     for name in ('definition', 'output', 'packages', 'workspace'):
         (work / name).mkdir()
-    _stage(job, work / 'definition')
+    definition = work / 'definition' / job.folder.name
+    definition.mkdir()
+    _stage(job, definition)
     tools.mkosi(tree, [
-        f'--directory={work / "definition"}',
+        f'--directory={definition}',
         f'--output-directory={work / "output"}',
         f'--package-cache-directory={work / "packages"}',
         f'--workspace-directory={work / "workspace"}',
@@ -325,17 +330,18 @@ def run_mkosi(job: Job, tree: Path, work: Path, log: Path, mirror: str,
         f'--source-date-epoch={job.lock.epoch}',
         *([] if network else ['--with-network=no']),
         *further,
-        'build'], log, network)
+        'build'], log, network, emulate.registration(tree, job.target.arch))
 
 
 def _stage(job: Job, folder: Path) -> None:
     '''
-    Copy the definition of @job to @folder, with the modes and times that
-    the checkout's umask and clock would otherwise give to what it adds to
-    an image.
+    Copy the definition of @job to @folder, and what it includes beside it,
+    with the modes and times that the checkout's umask and clock would
+    otherwise give to what they add to an image.
     '''
     for name in locks.definition_files(job.folder):
-        source, dest = job.folder / name, folder / name
+        source = job.folder / name
+        dest = Path(os.path.normpath(folder / name))
         dest.parent.mkdir(parents=True, exist_ok=True)
         if source.is_symlink():
             dest.symlink_to(os.readlink(source))
@@ -345,7 +351,7 @@ def _stage(job: Job, folder: Path) -> None:
             executable = source.stat().st_mode & stat.S_IXUSR
             dest.chmod(0o755 if executable else 0o644)
     times = (job.lock.epoch, job.lock.epoch)
-    for parent, _, names in os.walk(folder):
+    for parent, _, names in os.walk(folder.parent):
         Path(parent).chmod(0o755)
         for path in (Path(parent), *(Path(parent, n) for n in names)):
             os.utime(path, times, follow_symlinks=False)

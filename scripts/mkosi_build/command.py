@@ -58,29 +58,56 @@ def run(command: Sequence[str], env: Optional[Mapping[str, str]] = None,
                         'its folder') from e
 
 
-def isolated(network: bool) -> List[str]:
+# Registers its first argument with the binfmt_misc of its user namespace,
+# then runs the others
+_OWN_BINFMT = '''\
+mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc || exit
+[ "$1" ] && { printf %s "$1" > /proc/sys/fs/binfmt_misc/register || exit; }
+shift
+exec "$@"
+'''
+
+
+def isolated(network: bool, interpreter: Optional[str] = None) -> List[str]:
     '''
     The command that runs another one as user 1000 of a user namespace of
     its own: the same for root and for everybody else, so that both take
     the same way through mkosi and get the same bytes. Where @network is
     false there is no interface but a loopback that is down. The process
-    namespace makes sure that nothing outlives the builder.
+    namespace makes sure that nothing outlives the builder. @interpreter
+    is what emulate.registration() returns: it is for these namespaces
+    alone.
     '''
-    return ['setpriv', '--pdeathsig', 'KILL',
+    return [*([] if interpreter is None else _own_binfmt(interpreter)),
+            'setpriv', '--pdeathsig', 'KILL',
             'unshare', '--user', '--map-user=1000', '--map-group=1000',
             '--pid', '--fork', '--kill-child', '--mount-proc',
             *([] if network else ['--net']), '--']
 
 
+def _own_binfmt(interpreter: str) -> List[str]:
+    # Only a namespace's root may write to it, so this takes one more
+    return ['setpriv', '--pdeathsig', 'KILL',
+            'unshare', '--user', '--map-root-user', '--mount', '--',
+            'sh', '-c', _OWN_BINFMT, 'sh', interpreter]
+
+
+def has_own_binfmt() -> bool:
+    '''Whether user namespaces have a binfmt_misc of their own.'''
+    return run([*_own_binfmt(''), 'true']).returncode == 0
+
+
 def run_isolated(command: Sequence[str], log: Path, network: bool,
-                 env: Mapping[str, str]) -> int:
+                 env: Mapping[str, str],
+                 interpreter: Optional[str] = None) -> int:
     '''
     Run @command in namespaces of its own with @env beside the fixed
     environment, its output in the file @log. Returns its return code.
     '''
     with open(log, 'wb') as output:
         with subprocess.Popen(
-                [*isolated(network), *command], stdin=subprocess.DEVNULL,
+                [*isolated(network, interpreter), *command],
+                stdin=subprocess.DEVNULL,
                 stdout=output, stderr=subprocess.STDOUT, umask=0o022,
                 # Python looks for modules in the folder that it runs in
                 cwd='/', env={**ENVIRONMENT, **env}) as process:

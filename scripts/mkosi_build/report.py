@@ -14,6 +14,7 @@ these:
     image                   "image", "arch", "identity", "locked", "fresh",
                             "artefacts": by kind, "path", "asset", "sha256",
                             "size"
+    registered              an interpreter, for the whole host
     override                "path" of what QEMU_TEST_MKOSI_OVERRIDE takes
     recorded                in the registry
     locked                  "path" of the lock, "packages", "changes"
@@ -23,6 +24,9 @@ these:
     skipped                 "image", "arch", "reason"
     warning, problem        what a person should read
     error                   "code" to exit with, "message", "next"; the last
+
+What one of several builds at once tells also has "job": its image and
+architecture.
 '''
 
 import json
@@ -81,6 +85,20 @@ class Report:
         elif text:
             self._clear_counter()
             print(text, file=self.stream, flush=True)
+
+    def relay(self, job: str, line: str) -> None:
+        '''Pass on a @line that the builder of @job told.'''
+        if not self.as_json:
+            self.event('', f'[{job}] {line.rstrip()}')
+            return
+        try:
+            record = json.loads(line)
+            text = record.pop('text', '')
+            record.pop('seconds', None)
+            self.event(record.pop('event'), text, **record, job=job)
+        except (ValueError, KeyError, AttributeError, TypeError):
+            # Not an event, but what Python or a program had to say
+            self.event('warning', line.rstrip(), job=job)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

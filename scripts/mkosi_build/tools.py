@@ -13,12 +13,12 @@ import stat
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import List
+from typing import List, Optional
 
-from . import command
+from . import command, emulate
 from .cache import Cache, host_error
 from .error import HostError, MkosiError
-from .lock import Lock
+from .lock import Lock, Package
 from .report import Report
 from .store import Store
 
@@ -27,6 +27,16 @@ PYTHON_PATH = 'usr/lib/python3/dist-packages'
 
 # QEMU's name of an architecture to mkosi's
 MKOSI_ARCHITECTURES = {'x86_64': 'x86-64', 'aarch64': 'arm64'}
+
+
+def packages(lock: Lock, arch: str) -> List[Package]:
+    '''What a build for @arch needs of the tools @lock.'''
+    return [p for p in lock.packages
+            if p.name != emulate.PACKAGE or emulate.is_foreign(arch)]
+
+
+def _unpacked(lock: Lock) -> List[Package]:
+    return packages(lock, os.uname().machine)
 
 
 def _unpack(lock: Lock, store: Store, tree: Path) -> None:
@@ -45,7 +55,7 @@ def _unpack(lock: Lock, store: Store, tree: Path) -> None:
     for package in first:
         extract(store.path(package))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(extract, [store.path(p) for p in lock.packages
+        list(pool.map(extract, [store.path(p) for p in _unpacked(lock)
                                 if p not in first]))
     # mkosi binds a file over this one
     (tree / 'etc/resolv.conf').touch()
@@ -57,15 +67,23 @@ def _unpack(lock: Lock, store: Store, tree: Path) -> None:
                 path.chmod(stat.S_IMODE(mode) & 0o777)
 
 
-def ensure(lock: Lock, cache: Cache, store: Store, report: Report) -> Path:
+def ensure(lock: Lock, cache: Cache, store: Store, report: Report,
+           arch: str = os.uname().machine) -> Path:
     '''
-    The tools tree of @lock, fetched and unpacked if it is not there yet.
+    The tools tree of @lock, fetched and unpacked if it is not there yet,
+    with what it takes to run programs for @arch.
 
     Raises what Store.fetch() does, and HostError.
     '''
     tree = cache.tools / lock.digest
-    if tree.is_dir():
-        return tree
+    if not tree.is_dir():
+        _make(tree, lock, cache, store, report)
+    emulate.prepare(tree, arch, lock, cache, store, report)
+    return tree
+
+
+def _make(tree: Path, lock: Lock, cache: Cache, store: Store,
+          report: Report) -> None:
     name = f'tools-{lock.digest[:16]}'
 
     def waiting() -> None:
@@ -74,31 +92,31 @@ def ensure(lock: Lock, cache: Cache, store: Store, report: Report) -> Path:
 
     with cache.lock(name, waiting):
         if tree.is_dir():
-            return tree
-        store.fetch(lock.packages, lock.distribution, 'tools')
+            return
+        unpacked = _unpacked(lock)
+        store.fetch(unpacked, lock.distribution, 'tools')
         try:
-            with report.stage(f'unpacking {len(lock.packages)} tools '
+            with report.stage(f'unpacking {len(unpacked)} tools '
                               'packages'), cache.scratch(name) as work:
                 _unpack(lock, store, work / 'tree')
                 cache.tools.mkdir(parents=True, exist_ok=True)
                 os.replace(work / 'tree', tree)
         except OSError as e:
             raise host_error(e, 'Unpacking the tools') from e
-    return tree
 
 
 def mkosi(tree: Path, arguments: List[str], log: Path,
-          network: bool = False) -> None:
+          network: bool = False, interpreter: Optional[str] = None) -> None:
     '''
     Run mkosi from the tools @tree with @arguments, its output in the file
-    @log. Raises MkosiError with the telling lines of the log, or HostError
+    @log, with the @interpreter that emulate.prepare() returned. Raises MkosiError with the telling lines of the log, or HostError
     where they say that the disk is full.
     '''
     # By the interpreter's own path: the environment has no host's PATH
     status = command.run_isolated(
         [sys.executable, '-m', 'mkosi', f'--tools-tree={tree}',
          *arguments], log, network,
-        {'PYTHONPATH': str(tree / PYTHON_PATH)})
+        {'PYTHONPATH': str(tree / PYTHON_PATH)}, interpreter)
     if status == 0:
         return
     why = command.why_failed(log)
