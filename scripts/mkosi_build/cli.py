@@ -4,13 +4,15 @@ The command line: what a user may ask for, and the exit codes.
 '''
 
 import argparse
+import dataclasses
+import os
 import signal
 import sys
 from pathlib import Path
 from typing import List, NoReturn, Optional, Sequence, Tuple
 
-from . import boot, lock as locks, override, registry as registries
-from . import resolve, tools
+from . import boot, lock as locks, override, parallel
+from . import registry as registries, resolve, tools
 from .build import (Builder, Job, Result, check_host, host_architecture,
                     load_tool_locks, prepare, tools_folder)
 from .cache import Cache, host_error, write_atomically
@@ -20,7 +22,11 @@ from .registry import Image, Registry, Target
 from .report import Report, nobody_listens
 from .store import GoneError
 
+# What a user calls
+PROGRAM = Path(__file__).resolve().parents[1] / 'mkosi-build.py'
+
 TOOLS = 'tools'
+ALL = 'all'
 
 DESCRIPTION = '''\
 Build QEMU's test images, offline and from locked packages, and check that
@@ -31,6 +37,7 @@ was built lies in the cache of the functional tests, so that they find it.
 EPILOG = '''\
 examples:
   %(prog)s x86_64                     build all images for x86_64
+  %(prog)s all                        and for all other architectures
   %(prog)s x86_64 debian-min --boot   build one if need be, and boot it
   %(prog)s x86_64 --list              what there is, and in which state
 
@@ -38,6 +45,7 @@ after editing a definition:
   %(prog)s x86_64 debian-min --local         try it: build, let tests use it
   %(prog)s x86_64 debian-min --update-lock   if it needs other packages
   %(prog)s x86_64 debian-min --update        record the new hashes
+  %(prog)s x86_64 debian-min --update-lock --update    both in one go
 
 environment:
   QEMU_TEST_CACHE_DIR   QEMU's asset cache is in download/ there
@@ -70,7 +78,7 @@ def parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         prog='scripts/mkosi-build.py', description=DESCRIPTION,
         epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('arch', metavar='ARCH',
-                        choices=registries.ARCHITECTURES,
+                        choices=(*registries.ARCHITECTURES, ALL),
                         help='guest architecture: %(choices)s')
     parser.add_argument('images', metavar='IMAGE', nargs='*',
                         help='images to take (default: all)')
@@ -83,82 +91,153 @@ def parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     mode('list', 'list the images and their state')
     mode('check', 'check registry, locks and definitions, without building')
     mode('update', 'build, and record hashes and sizes in the registry')
-    mode('update-lock', 'resolve packages anew, signatures checked, and '
-         'write the locks; IMAGE may be "tools"')
     mode('local', 'build what the tree has now, compare with nothing, let '
          'tests use it through an override file')
     mode('allow-newer', 'if a locked package is gone from every mirror, '
          'build with newer ones, for this machine alone')
+    parser.add_argument('--update-lock', action='store_true',
+                        help='resolve packages anew, signatures checked, '
+                        'and write the locks; IMAGE may be "tools"')
+    parser.add_argument('--jobs', metavar='N', type=_positive,
+                        default=os.cpu_count() or 1,
+                        help='build N images at once (default: %(default)s)')
     parser.add_argument('--boot', action='store_true',
                         help='boot what was built, one image, on this '
                         'terminal')
     parser.add_argument('--json', action='store_true',
                         help='tell events as JSON lines')
-    parser.set_defaults(mode='build')
     arguments = parser.parse_intermixed_args(argv)
-    if arguments.boot and (len(arguments.images) != 1 or arguments.mode
-                           in ('list', 'check', 'update-lock')):
+    if arguments.update_lock and arguments.mode not in (None, 'update',
+                                                        'local'):
+        parser.error(f'--update-lock can\'t be combined with '
+                     f'--{arguments.mode}')
+    if arguments.boot and (
+            len(arguments.images) != 1 or arguments.arch == ALL
+            or arguments.mode in ('list', 'check')
+            or arguments.update_lock and not arguments.mode):
         parser.error('--boot takes one image, and a build')
     return arguments
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
 
 
 class Command:
     '''One call of the command, on one registry.'''
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arch: str = arguments.arch
+        self.archs: Sequence[str] = (
+            registries.ARCHITECTURES if arguments.arch == ALL
+            else (arguments.arch,))
         self.names: List[str] = arguments.images
+        self.limit: int = arguments.jobs
         self.report = Report(arguments.json)
         self.cache = Cache()
         self.builder = Builder(self.cache, self.report)
         self.registry: Registry = registries.load(registries.DEFAULT)
 
+    def run(self, update_lock: bool, mode: Optional[str]) -> List[Result]:
+        '''Do what was asked for. Returns what was built, if it was here.'''
+        if update_lock:
+            self.update_lock()
+            if self.names == [TOOLS] or mode is None:
+                return []
+        method = getattr(self, (mode or 'build').replace('-', '_'))
+        if mode in ('list', 'check'):
+            method()
+            return []
+        jobs = self.jobs(unrecorded=mode in ('update', 'local'))
+        if min(len(jobs), self.limit) > 1:
+            self._build_at_once(jobs, mode)
+            return []
+        results: List[Result] = method(jobs)
+        return results
+
     def images(self) -> List[Tuple[Image, Target]]:
         '''What was asked for: all, or those named. Raises RegistryError.'''
         if not self.names:
-            return [(image, image.targets[self.arch])
+            return [(image, image.targets[arch]) for arch in self.archs
                     for image in self.registry.images.values()
-                    if self.arch in image.targets]
+                    if arch in image.targets]
         chosen = [self.registry.image(name) for name in self.names]
-        return [(image, image.target(self.arch)) for image in chosen]
+        return [(image, image.target(arch)) for arch in self.archs
+                for image in chosen
+                # Of all architectures, those that an image has
+                if len(self.archs) == 1 or arch in image.targets]
 
-    def jobs(self) -> List[Job]:
+    def jobs(self, unrecorded: bool = False) -> List[Job]:
         '''
         The jobs asked for, but for images that can't be built yet: these
-        are an error if they were named, else told and left out.
+        are an error if they were named, else told and left out. An image
+        that the registry calls not locked, but that has a lock, is a job
+        only if @unrecorded is true.
         '''
         jobs = []
         for image, target in self.images():
-            if target.not_locked is None:
-                jobs.append(prepare(self.registry, image, self.arch))
+            lock = self.folder(image) / f'{target.arch}.lock'
+            if target.not_locked is None or unrecorded and lock.exists():
+                jobs.append(prepare(self.registry, image, target.arch))
             elif self.names:
                 raise InputError(
-                    f'{image.name} {self.arch} can\'t be built yet: '
-                    f'{target.not_locked}')
+                    f'{image.name} {target.arch} can\'t be built yet: '
+                    f'{target.not_locked}',
+                    next_step=f'scripts/mkosi-build.py {target.arch} '
+                    f'{image.name} --update-lock --update, on a machine that '
+                    'reaches a mirror')
             else:
                 self.report.event(
-                    'skipped', f'{image.name} {self.arch}: left out: '
+                    'skipped', f'{image.name} {target.arch}: left out: '
                     f'{target.not_locked}', image=image.name,
-                    arch=self.arch, reason=target.not_locked)
+                    arch=target.arch, reason=target.not_locked)
         return jobs
+
+    def folder(self, image: Image) -> Path:
+        '''Where the definition and the locks of @image are.'''
+        return self.registry.path.parent / image.definition
 
     # -- Building -----------------------------------------------------------
 
-    def build(self) -> List[Result]:
+    def build(self, jobs: Sequence[Job]) -> List[Result]:
         '''Build what is recorded, and compare.'''
-        return [self._build_recorded(job) for job in self.jobs()]
+        return [self._build_recorded(job) for job in jobs]
+
+    def _build_at_once(self, jobs: Sequence[Job],
+                       mode: Optional[str]) -> None:
+        '''
+        Build each of @jobs by a command of its own. One that fails does
+        not hold up the others. Raises the error of the first that failed.
+        '''
+        commands = {}
+        for job in jobs:
+            arguments = [job.target.arch, job.image.name, '--jobs=1',
+                         *([f'--{mode}'] if mode else []),
+                         *(['--json'] if self.report.as_json else [])]
+            commands[f'{job.image.name} {job.target.arch}'] = [
+                sys.executable, str(PROGRAM), *arguments]
+        codes = parallel.run(commands, self.limit, self.report)
+        failed = [name for name, code in codes.items() if code]
+        if failed:
+            error = BuildError(f'{len(failed)} of {len(codes)} builds '
+                               f'failed: {", ".join(failed)}',
+                               next_step='read above what each one said')
+            error.exit_code = codes[failed[0]]
+            raise error
 
     def _build_recorded(self, job: Job) -> Result:
         self._require_agreement(job)
         result = self.builder.build(job, compare=True)
-        override.remove(self.cache, job.image.name, self.arch)
+        override.remove(self.cache, job.image.name, job.target.arch)
         self.tell(result)
         return result
 
-    def allow_newer(self) -> List[Result]:
+    def allow_newer(self, jobs: Sequence[Job]) -> List[Result]:
         '''Build what is recorded, or unlocked where its packages left.'''
         results = []
-        for job in self.jobs():
+        for job in jobs:
             try:
                 results.append(self._build_recorded(job))
             except GoneError as e:
@@ -173,7 +252,8 @@ class Command:
         self.tell(result)
         self.report.event(
             'warning',
-            f'*** {job.image.name} {self.arch} is UNLOCKED: built with newer '
+            f'*** {job.image.name} {job.target.arch} is UNLOCKED: built with '
+            'newer '
             'packages than the lock names,\n'
             '*** compared with nothing, for this machine alone. Lines '
             'starting with ~, + or -\n'
@@ -181,7 +261,7 @@ class Command:
             + '\n'.join(locks.diff(
                 (*job.lock.packages, *job.tool_lock.packages),
                 (*newer.lock.packages, *newer.tool_lock.packages))),
-            image=job.image.name, arch=self.arch)
+            image=job.image.name, arch=job.target.arch)
         self._tell_override()
         return result
 
@@ -198,8 +278,9 @@ class Command:
             pass
         tool_lock, lock = job.tool_lock, job.lock
         try:
-            self.builder.store.fetch(tool_lock.packages,
-                                     tool_lock.distribution, TOOLS)
+            self.builder.store.fetch(
+                tools.packages(tool_lock, job.target.arch),
+                tool_lock.distribution, TOOLS)
         except GoneError:
             tool_lock = resolve.tools_lock(
                 tools_folder(self.registry), host_architecture(),
@@ -209,20 +290,23 @@ class Command:
                                      job.image.name)
         except GoneError:
             tree = tools.ensure(tool_lock, self.cache, self.builder.store,
-                                self.report)
+                                self.report, job.target.arch)
             lock = resolve.image_lock(job, tree, self.cache, self.report)
         write_atomically(folder / 'tools.lock', locks.render(tool_lock))
         write_atomically(folder / 'image.lock', locks.render(lock))
         return job.unlocked(lock, tool_lock)
 
     def _fetch(self, job: Job) -> None:
-        for what, lock in ((TOOLS, job.tool_lock), (job.name, job.lock)):
-            self.builder.store.fetch(lock.packages, lock.distribution, what)
+        self.builder.store.fetch(
+            tools.packages(job.tool_lock, job.target.arch),
+            job.tool_lock.distribution, TOOLS)
+        self.builder.store.fetch(job.lock.packages, job.lock.distribution,
+                                 job.name)
 
-    def local(self) -> List[Result]:
+    def local(self, jobs: Sequence[Job]) -> List[Result]:
         '''Build the tree as it is, for tests on this machine.'''
         results = []
-        for job in self.jobs():
+        for job in jobs:
             result = self.builder.build(job, compare=False)
             override.add(self.cache, result)
             self.tell(result)
@@ -240,14 +324,14 @@ class Command:
         '''Tell where the artefacts of @result are.'''
         job = result.job
         state = 'built' if result.fresh else 'up to date'
-        lines = [f'{job.image.name} {self.arch}: {state}']
+        lines = [f'{job.image.name} {job.target.arch}: {state}']
         for kind, built in result.artefacts.items():
             lines.append(f'    {kind:8} {built.size / 1e6:6.1f} MB  '
                          f'{built.sha256}  {built.path.name}')
         lines.append(f'    in {self.builder.folder(job)}')
         self.report.event(
-            'image', '\n'.join(lines), image=job.image.name, arch=self.arch,
-            identity=job.identity, locked=job.locked, fresh=result.fresh,
+            'image', '\n'.join(lines), image=job.image.name,
+            arch=job.target.arch, identity=job.identity, locked=job.locked, fresh=result.fresh,
             artefacts={kind: {'path': str(built.path),
                               'asset': str(self.cache.assets / built.sha256),
                               'sha256': built.sha256, 'size': built.size}
@@ -262,16 +346,17 @@ class Command:
 
     def _disagreement(self, job: Job) -> Optional[BuildError]:
         '''Why the registry's hashes are not those of the tree's inputs.'''
-        command = f'scripts/mkosi-build.py {self.arch} {job.image.name}'
+        arch = job.target.arch
+        command = f'scripts/mkosi-build.py {arch} {job.image.name}'
         if job.lock.definition != job.definition:
             return InputError(
                 f'{job.image.name}: the definition has changed since '
-                f'{self.arch}.lock was made',
+                f'{arch}.lock was made',
                 next_step=f'{command} --local to try it, --update to record '
                 'it, after --update-lock if it needs other packages')
         if not job.target.built:
             return InputError(
-                f'{job.image.name} {self.arch} has no hashes in the '
+                f'{job.image.name} {arch} has no hashes in the '
                 f'registry yet', next_step=f'{command} --update')
         if job.identity != job.target.identity:
             return InputError(
@@ -297,7 +382,7 @@ class Command:
             if target.not_locked is not None:
                 continue
             try:
-                job = prepare(self.registry, image, self.arch)
+                job = prepare(self.registry, image, target.arch)
             except BuildError as e:
                 problems.append(e)
                 continue
@@ -312,13 +397,13 @@ class Command:
             self.report.event('problem', f'{problem}')
         if problems:
             raise problems[0]
-        self.report.event('checked', f'{checked} images for {self.arch}: '
-                          'registry, locks and definitions agree')
+        self.report.event('checked', f'{checked} images for '
+                          f'{", ".join(self.archs)}: registry, locks and definitions agree')
 
-    def update(self) -> List[Result]:
+    def update(self, jobs: Sequence[Job]) -> List[Result]:
         '''Build, and record what came out.'''
         results = []
-        for job in self.jobs():
+        for job in jobs:
             result = self.builder.build(job, compare=False)
             problem = _over_budget(job, {
                 kind: built.size for kind, built in result.artefacts.items()})
@@ -327,7 +412,7 @@ class Command:
             self.tell(result)
             with self.cache.lock('registry'):
                 self._record(result)
-            override.remove(self.cache, job.image.name, self.arch)
+            override.remove(self.cache, job.image.name, job.target.arch)
             results.append(result)
         return results
 
@@ -338,15 +423,13 @@ class Command:
         '''
         job = result.job
         if job.lock.definition != job.definition:
-            lock = Lock(job.definition, job.lock.distribution,
-                        job.lock.release, job.lock.architecture,
-                        job.lock.epoch, job.lock.packages)
-            write_atomically(job.folder / f'{self.arch}.lock',
+            lock = dataclasses.replace(job.lock, definition=job.definition)
+            write_atomically(job.folder / f'{job.target.arch}.lock',
                              locks.render(lock))
         path = self.registry.path
         old = path.read_text(encoding='utf-8')
         new = registries.record(
-            old, job.image.name, self.arch, job.identity,
+            old, job.image.name, job.target.arch, job.identity,
             {kind: (built.sha256, built.size)
              for kind, built in result.artefacts.items()})
         if new != old:
@@ -357,29 +440,35 @@ class Command:
     def update_lock(self) -> None:
         '''Resolve anew: the tools first, since they resolve the images.'''
         names, self.names = self.names, [n for n in self.names if n != TOOLS]
-        check_host(self.cache)
         if not names or TOOLS in names:
-            folder = tools_folder(self.registry)
-            host = host_architecture()
-            self._write_lock(
-                folder / f'{host}.lock',
-                resolve.tools_lock(folder, host, self.cache, self.report))
+            self._update_tools_lock()
         if names == [TOOLS]:
+            self.names = names
             return
         tool_locks = load_tool_locks(self.registry)
         tool_lock = tool_locks[host_architecture()]
-        tree = tools.ensure(tool_lock, self.cache, self.builder.store,
-                            self.report)
         for image, target in self.images():
-            folder = self.registry.path.parent / image.definition
+            check_host(self.cache, target.arch)
+            tree = tools.ensure(tool_lock, self.cache, self.builder.store,
+                                self.report, target.arch)
+            folder = self.folder(image)
             definition = locks.definition_digest(folder)
             nothing = Lock(definition, image.distribution, image.release,
-                           self.arch, tool_lock.epoch, ())
+                           target.arch, tool_lock.epoch, ())
             job = Job(image, target, folder, definition, nothing, tool_lock,
                       tuple(tool_locks.values()))
-            self._write_lock(folder / f'{self.arch}.lock',
+            self._write_lock(folder / f'{target.arch}.lock',
                              resolve.image_lock(job, tree, self.cache,
                                                 self.report))
+
+    def _update_tools_lock(self) -> None:
+        '''For hosts of the architectures asked for, and for this one.'''
+        self.cache.check_writable()
+        folder = tools_folder(self.registry)
+        for arch in sorted({*self.archs, host_architecture()}):
+            self._write_lock(
+                folder / f'{arch}.lock',
+                resolve.tools_lock(folder, arch, self.cache, self.report))
 
     def _write_lock(self, path: Path, lock: Lock) -> None:
         try:
@@ -404,11 +493,11 @@ class Command:
             size = sum(a.size or 0 for a in target.artefacts.values())
             state, reason = self._state(image, target)
             shown = f'{size / 1e6:.1f} MB' if size else '-'
-            rows.append((image.name, self.arch, shown,
+            rows.append((image.name, target.arch, shown,
                          f'{state}: {reason}' if reason else state))
             if self.report.as_json:
                 self.report.event(
-                    'listed', '', image=image.name, arch=self.arch,
+                    'listed', '', image=image.name, arch=target.arch,
                     architectures=list(image.targets), state=state,
                     reason=reason, sizes={
                         kind: artefact.size for kind, artefact
@@ -424,7 +513,7 @@ class Command:
         if target.not_locked is not None:
             return 'not locked yet', target.not_locked
         try:
-            job = prepare(self.registry, image, self.arch)
+            job = prepare(self.registry, image, target.arch)
         except BuildError as e:
             return 'broken', e.message
         problem = self._disagreement(job)
@@ -434,7 +523,7 @@ class Command:
             return 'not built yet', problem.message
         if self.registry.stores:
             return 'published', ''
-        return 'not built yet', (f'run scripts/mkosi-build.py {self.arch} '
+        return 'not built yet', (f'run scripts/mkosi-build.py {target.arch} '
                                  f'{image.name}')
 
 
@@ -469,8 +558,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     error: BuildError
     try:
         arguments = parse_arguments(argv)
-        command = Command(arguments)
-        results = getattr(command, arguments.mode.replace('-', '_'))()
+        results = Command(arguments).run(arguments.update_lock,
+                                         arguments.mode)
         if arguments.boot:
             boot.boot(results[0])
         sys.stdout.flush()
