@@ -1,22 +1,21 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 '''
-A local Debian repository of exactly the locked packages. Its metadata are
-functions of the lock alone, so that apt takes the same decisions for
-everybody. It needs no signature: each package was verified by hash.
+A local repository of exactly the locked packages. Its metadata are
+functions of the lock alone, so that apt or dnf takes the same decisions
+for everybody. They need no signature: each package was verified by hash.
 '''
 
 import os
+import shutil
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from . import command
+from . import command, sandbox
 from .cache import link_or_copy, sha256_file
 from .error import InputError
 from .lock import Lock, Package
-from .store import Store
-
-# QEMU's name of an architecture to Debian's
-DEBIAN_ARCHITECTURES = {'x86_64': 'amd64', 'aarch64': 'arm64'}
+from .store import DEBIAN_ARCHITECTURES, Store
 
 
 def _stanza(package: Package, file: Path) -> str:
@@ -32,11 +31,39 @@ def _stanza(package: Package, file: Path) -> str:
             f'SHA256: {package.sha256}\n')
 
 
-def make(lock: Lock, store: Store, folder: Path) -> None:
+def make(lock: Lock, store: Store, folder: Path, tree: Path) -> None:
     '''
     Make a repository of the packages of @lock, which are in @store, in
-    the empty @folder. Raises InputError for what is no package.
+    the empty @folder, with the tools @tree. Raises InputError for what is
+    no package.
     '''
+    if lock.distribution == 'fedora':
+        _make_rpm(lock, store, folder, tree)
+    else:
+        _make_deb(lock, store, folder)
+
+
+def _make_rpm(lock: Lock, store: Store, folder: Path, tree: Path) -> None:
+    pool = folder / 'Packages'
+    pool.mkdir()
+    for package in lock.packages:
+        path = pool / package.file_name
+        # Not a link: the metadata have each file's time
+        shutil.copyfile(store.path(package), path)
+        os.utime(path, (lock.epoch, lock.epoch))
+    with tempfile.NamedTemporaryFile() as log:
+        status = sandbox.run(tree, [
+            'createrepo_c', '--quiet', '--simple-md-filenames',
+            '--general-compress-type=gz', '--revision=0',
+            '--set-timestamp-to-revision', '.'], folder, Path(log.name))
+        said = log.read().decode(errors='replace')
+    if status or 'Critical' in said:
+        raise InputError('createrepo_c can\'t read the locked packages: '
+                         f'{said.strip()}',
+                         next_step='make the lock anew with --update-lock')
+
+
+def _make_deb(lock: Lock, store: Store, folder: Path) -> None:
     pool = folder / 'pool'
     architecture = DEBIAN_ARCHITECTURES[lock.architecture]
     suite = folder / 'dists' / lock.release

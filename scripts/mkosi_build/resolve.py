@@ -10,19 +10,24 @@ import configparser
 import re
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Dict, Iterator, List, Tuple
+from typing import Dict, Iterator, List, Sequence, Tuple
 
-from . import command, lock as locks, repository
+from . import command, lock as locks, resolve_rpm
 from .build import Job, run_mkosi
 from .cache import Cache, sha256_file
 from .error import FetchError, HostError, InputError
 from .lock import Lock, Package
 from .report import Report
-from .store import hide_password, host_mirrors
+from .store import (DEBIAN_ARCHITECTURES, first_with, hide_password,
+                    host_mirrors)
 
 # Where Debian's packages put the distribution's keys, on this host and in
 # the tools tree
 KEYRING = Path('/usr/share/keyrings/debian-archive-keyring.gpg')
+
+# dnf refuses what the distribution's key, of the tools tree, has not signed,
+# whatever the definition says
+RPM_CHECKS = ['--repository-key-check=yes', '--repository-key-fetch=no']
 
 
 def _sources(mirror: str, release: str, arch: str) -> str:
@@ -31,7 +36,7 @@ def _sources(mirror: str, release: str, arch: str) -> str:
             f'URIs: {mirror}\n'
             f'Suites: {release}\n'
             'Components: main\n'
-            f'Architectures: {repository.DEBIAN_ARCHITECTURES[arch]}\n'
+            f'Architectures: {DEBIAN_ARCHITECTURES[arch]}\n'
             f'Signed-By: {KEYRING}\n')
 
 
@@ -116,7 +121,8 @@ def tools_lock(folder: Path, arch: str, cache: Cache,
     if not KEYRING.exists():
         raise HostError(f'no {KEYRING}: can\'t check signatures',
                         next_step='apt-get install debian-archive-keyring')
-    mirror = host_mirrors(distribution)[0]
+    mirror = first_with(host_mirrors(distribution, release, arch),
+                        f'dists/{release}/Release')
     with report.stage(f'resolving tools at {hide_password(mirror)}'), \
             cache.lock('resolve-tools'), \
             cache.scratch('resolve-tools') as work:
@@ -138,7 +144,7 @@ def _private_apt(work: Path, sources: str, arch: str) -> List[str]:
         (work / name).mkdir(parents=True)
     (work / 'state/status').touch()
     (work / 'etc/lock.sources').write_text(sources, encoding='utf-8')
-    debian = repository.DEBIAN_ARCHITECTURES[arch]
+    debian = DEBIAN_ARCHITECTURES[arch]
     options = {
         'Dir::State': f'{work}/state',
         'Dir::State::status': f'{work}/state/status',
@@ -183,25 +189,53 @@ def image_lock(job: Job, tree: Path, cache: Cache, report: Report) -> Lock:
 
     Raises MkosiError, HostError, FetchError.
     '''
-    arch = job.target.arch
-    mirror = host_mirrors(job.image.distribution)[0]
+    image, arch = job.image, job.target.arch
+    mirrors = host_mirrors(image.distribution, image.release, arch,
+                           image.mirrors)
+    rpm = image.distribution == 'fedora'
+    mirror = (_dnf_mirror(mirrors) if rpm else
+              first_with(mirrors, f'dists/{image.release}/Release'))
     name = f'resolve-{job.name}'
     log = cache.log(name)
     report.event('log', f'         log: {log}', path=str(log))
     with report.stage(f'resolving {job.name} at {hide_password(mirror)}'), \
             cache.lock(name), cache.scratch(name) as work:
-        # Given its own list of sources, mkosi does not write the one that
-        # trusts a local mirror without a signature
-        sources = work / 'sandbox/etc/apt/sources.list.d/mkosi.sources'
-        sources.parent.mkdir(parents=True)
-        sources.write_text(_sources(mirror, job.image.release, arch),
-                           encoding='utf-8')
         run_mkosi(job, tree, work, log, mirror,
-                  [f'--sandbox-tree={work / "sandbox"}'], network=True)
+                  RPM_CHECKS if rpm else _apt_checks(work, job, mirror),
+                  network=True)
         packages = work / 'packages'
-        digests = [sha256_file(path) for path in
-                   sorted((packages / 'cache/apt/archives').glob('*.deb'))]
-        lists = packages / 'lib/apt/lists'
-        chosen = _pick(_index(lists), digests, job.name)
-        return Lock(job.definition, job.image.distribution,
-                    job.image.release, arch, _epoch(lists), tuple(chosen))
+        if rpm:
+            chosen, epoch = resolve_rpm.chosen(packages, tree, job.name)
+        else:
+            digests = [sha256_file(path) for path in sorted(
+                (packages / 'cache/apt/archives').glob('*.deb'))]
+            lists = packages / 'lib/apt/lists'
+            chosen = _pick(_index(lists), digests, job.name)
+            epoch = _epoch(lists)
+        return Lock(job.definition, image.distribution, image.release, arch,
+                    epoch, tuple(chosen))
+
+
+def _apt_checks(work: Path, job: Job, mirror: str) -> List[str]:
+    '''
+    The options of mkosi that have apt check signatures. Given its own list
+    of sources, mkosi does not write the one that trusts a local mirror
+    without.
+    '''
+    sources = work / 'sandbox/etc/apt/sources.list.d/mkosi.sources'
+    sources.parent.mkdir(parents=True)
+    sources.write_text(_sources(mirror, job.image.release, job.target.arch),
+                       encoding='utf-8')
+    return [f'--sandbox-tree={work / "sandbox"}']
+
+
+def _dnf_mirror(mirrors: Sequence[str]) -> str:
+    '''The first of @mirrors that dnf can be asked to resolve from.'''
+    usable = [url for url in mirrors if not url.startswith('file:')]
+    if not usable:
+        raise FetchError(
+            'a lock can\'t be made from a mirror in a folder, of which dnf '
+            f'keeps no copies: {", ".join(mirrors)}',
+            next_step='serve the folder, python3 -m http.server --directory '
+            'FOLDER, and set QEMU_MKOSI_MIRROR to its URL')
+    return first_with(usable, 'repodata/repomd.xml')

@@ -6,6 +6,7 @@ SHA-256 are the lock's, wherever it came from.
 '''
 
 import base64
+import configparser
 import errno
 import http.client
 import os
@@ -21,9 +22,15 @@ from typing import Dict, List, Optional, Sequence, Tuple
 
 from . import command
 from .cache import Cache, host_error, naming, sha256_file
-from .error import FetchError
+from .error import FetchError, HostError
 from .lock import Package
 from .report import Report
+
+# QEMU's name of an architecture to Debian's; Fedora's are the same
+DEBIAN_ARCHITECTURES = {'x86_64': 'amd64', 'aarch64': 'arm64'}
+
+# Where dnf finds its repositories
+YUM_REPOS = Path('/etc/yum.repos.d')
 
 CONNECTIONS = 8
 # Seconds without a byte before a connection counts as dead
@@ -81,20 +88,15 @@ def _is_mirror(url: str) -> bool:
         return False
 
 
-def host_mirrors(distribution: str) -> List[str]:
-    '''
-    The mirrors to ask for packages of @distribution, in order: those of
-    QEMU_MKOSI_MIRROR, then those that this host's own apt is set up with.
-    Raises FetchError if there is none.
-    '''
-    mirrors = os.getenv('QEMU_MKOSI_MIRROR', '').split()
-    for mirror in mirrors:
-        if not _is_mirror(mirror):
-            raise FetchError(f'QEMU_MKOSI_MIRROR: expected http, https or '
-                             f'file URLs, found {hide_password(mirror)!r}',
-                             next_step='write it as http://HOST/debian')
-    result = command.run(['apt-get', 'indextargets', '--format',
-                          '$(ORIGIN) $(REPO_URI)', 'Created-By: Packages'])
+def _apt_mirrors(distribution: str) -> List[str]:
+    '''Those that this host's own apt is set up with.'''
+    try:
+        result = command.run(['apt-get', 'indextargets', '--format',
+                              '$(ORIGIN) $(REPO_URI)',
+                              'Created-By: Packages'])
+    except HostError:
+        return []
+    mirrors = []
     for line in result.stdout.splitlines():
         origin, _, uri = line.rpartition(' ')
         # Without downloaded lists apt does not know the origin
@@ -102,6 +104,50 @@ def host_mirrors(distribution: str) -> List[str]:
             # The security archive has no other packages than its own
             if not uri.rstrip('/').endswith('-security'):
                 mirrors.append(uri)
+    return mirrors
+
+
+def _dnf_mirrors(release: str, arch: str) -> List[str]:
+    '''
+    Those that this host's own dnf is set up with. Its list of mirrors
+    which are near (metalink) is not asked.
+    '''
+    mirrors = []
+    for path in sorted(YUM_REPOS.glob('*.repo')):
+        conf = configparser.RawConfigParser(strict=False)
+        try:
+            conf.read(path, encoding='utf-8')
+        except (configparser.Error, OSError, UnicodeDecodeError):
+            # dnf's problem, not ours
+            continue
+        for url in conf.get('fedora', 'baseurl', fallback='').split():
+            url = url.replace('$releasever', release)
+            mirrors.append(url.replace('$basearch', arch))
+    return [url for url in mirrors if _is_mirror(url) and '$' not in url]
+
+
+def host_mirrors(distribution: str, release: str = '', arch: str = '',
+                 further: Sequence[str] = ()) -> List[str]:
+    '''
+    The mirrors to ask for packages of @release of @distribution for @arch,
+    QEMU's name of it, in order: those of QEMU_MKOSI_MIRROR, those that this
+    host's own apt or dnf is set up with, and @further ones. {arch} in a URL
+    stands for the distribution's name of the architecture. Raises
+    FetchError if there is none.
+    '''
+    name = arch
+    if distribution == 'debian':
+        name = DEBIAN_ARCHITECTURES.get(arch, arch)
+    mirrors = [url.replace('{arch}', name) for url in
+               os.getenv('QEMU_MKOSI_MIRROR', '').split()]
+    for mirror in mirrors:
+        if not _is_mirror(mirror):
+            raise FetchError('QEMU_MKOSI_MIRROR: expected http, https or '
+                             f'file URLs, found {hide_password(mirror)!r}',
+                             next_step='write it as http://HOST/debian')
+    mirrors += (_dnf_mirrors(release, arch) if distribution == 'fedora'
+                else _apt_mirrors(distribution))
+    mirrors += [url.replace('{arch}', name) for url in further]
     mirrors = list(dict.fromkeys(m.rstrip('/') for m in mirrors))
     if not mirrors:
         raise FetchError(
@@ -110,12 +156,31 @@ def host_mirrors(distribution: str) -> List[str]:
     return mirrors
 
 
+def first_with(mirrors: Sequence[str], location: str) -> str:
+    '''
+    The first of @mirrors that has the file @location. Raises FetchError
+    with what each one said if there is none.
+    '''
+    said = []
+    for mirror in mirrors:
+        try:
+            with urllib.request.urlopen(_request(f'{mirror}/{location}'),
+                                        timeout=TIMEOUT):
+                return mirror
+        except (OSError, http.client.HTTPException, ValueError) as e:
+            said.append(f'{hide_password(mirror)}: {e}')
+    raise FetchError(f'no mirror has {location}: {"; ".join(said)}',
+                     next_step='set QEMU_MKOSI_MIRROR to the URL of one that '
+                     'has it')
+
+
 def _request(url: str) -> urllib.request.Request:
     '''
     A request for @url, of which user name and password become a header
     that is not told to whom the mirror redirects.
     '''
-    parts = urllib.parse.urlsplit(url)
+    # Not all servers take a caret, which Fedora's versions have
+    parts = urllib.parse.urlsplit(url.replace('^', '%5E'))
     user, _, host = parts.netloc.rpartition('@')
     request = urllib.request.Request(
         urllib.parse.urlunsplit(parts._replace(netloc=host)))
@@ -231,10 +296,12 @@ class Store:
         return False
 
     def fetch(self, packages: Sequence[Package], distribution: str,
-              what: str) -> None:
+              what: str, *, release: str = '', arch: str = '',
+              further: Sequence[str] = ()) -> None:
         '''
         Make sure that all @packages of @distribution are in the store and
-        whole. @what names them for the report.
+        whole. @what names them for the report; @release, @arch and
+        @further say where to look for them, see host_mirrors().
 
         Raises GoneError if no mirror has some of them, FetchError if they
         can't be had for another reason, HostError on a full disk.
@@ -251,13 +318,13 @@ class Store:
                 missing = [p for p, have in zip(packages, present)
                            if not have]
                 if missing:
-                    self._fetch_missing(missing, distribution, what)
+                    self._fetch_missing(missing, host_mirrors(
+                        distribution, release, arch, further), what)
         except OSError as e:
             raise host_error(e, f'Fetching {what}') from e
 
     def _fetch_missing(self, packages: Sequence[Package],
-                       distribution: str, what: str) -> None:
-        mirrors = host_mirrors(distribution)
+                       mirrors: Sequence[str], what: str) -> None:
         size = sum(p.size for p in packages)
         with self.report.stage(f'fetching {what}: {len(packages)} packages, '
                                f'{size / 1e6:.1f} MB'):

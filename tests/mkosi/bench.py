@@ -273,7 +273,7 @@ def bench_build(job: build.Job, cache: Cache, report: Report, work: Path,
     repo = work / 'repository'
     repo.mkdir()
     store.fetch(job.lock.packages, 'debian', IMAGE)
-    repository.make(job.lock, store, repo)
+    repository.make(job.lock, store, repo, tree)
 
     def plain() -> float:
         (work / 'plain').mkdir()

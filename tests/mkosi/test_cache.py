@@ -452,7 +452,8 @@ def make_repository(cache: Cache, folder: Path, files: Path,
     lock = Lock('d' * 64, 'debian', 'trixie', 'x86_64', EPOCH,
                 tuple(packages))
     folder.mkdir()
-    repository.make(lock, store, folder)
+    # Debian's takes no tool of the tree
+    repository.make(lock, store, folder, folder)
     return {str(path.relative_to(folder)): path.read_bytes()
             for path in sorted(folder.rglob('*')) if path.is_file()}
 

@@ -47,7 +47,8 @@ def fixture_unsigned(project: Project, faults: FaultServer,
     store.fetch(lock.packages, 'debian', 'test')
     faults.root = project.root / 'repository'
     faults.root.mkdir()
-    repository.make(lock, store, faults.root)
+    # Debian's takes no tool of the tree
+    repository.make(lock, store, faults.root, faults.root)
     project.mirror = faults.url
     return project
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 '''The package store, against a server that does what servers do.'''
 
+from dataclasses import replace
 import hashlib
 import io
 import os
@@ -19,7 +20,7 @@ from mkosi_build.cache import Cache
 from mkosi_build.error import FetchError
 from mkosi_build.lock import Package
 from mkosi_build.report import Report
-from mkosi_build.store import GoneError, Store, host_mirrors
+from mkosi_build.store import GoneError, Store, first_with, host_mirrors
 
 pytest_plugins = ['fixtures_builder']
 
@@ -385,6 +386,83 @@ def test_host_without_mirrors(tmp_path: Path,
     with pytest.raises(FetchError, match='no debian mirror is known') as e:
         host_mirrors('debian')
     assert 'QEMU_MKOSI_MIRROR' in (e.value.next_step or '')
+
+
+REPOS = {
+    'fedora.repo': '''\
+[fedora]
+name=Fedora $releasever - $basearch
+#baseurl=http://commented/
+baseurl=http://near/$releasever/$basearch/os/
+        https://far/$releasever/$basearch/os
+enabled=1
+[fedora-source]
+baseurl=http://source/
+''',
+    'my-fedora.repo': '''\
+[fedora]
+baseurl=http://near/44/aarch64/os http://$unknown/ ftp://old/
+''',
+    'other.repo': '[other]\nbaseurl=http://other/\n',
+    'broken.repo': 'baseurl=http://broken/\n',
+    'metalink.repo': '[fedora]\nmetalink=https://links/?repo=fedora\n'}
+
+
+def test_host_mirrors_of_dnf(tmp_path: Path,
+                             monkeypatch: pytest.MonkeyPatch) -> None:
+    '''The repository of releases alone, and then the image's mirrors.'''
+    monkeypatch.setattr(stores, 'YUM_REPOS', tmp_path)
+    with pytest.raises(FetchError, match='no fedora mirror is known'):
+        host_mirrors('fedora', '44', 'aarch64')
+    for name, text in REPOS.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setenv('QEMU_MKOSI_MIRROR', 'http://mine/{arch}/os/ file:///x')
+    assert host_mirrors('fedora', '44', 'aarch64',
+                        ('https://official/{arch}/os', 'file:///x/')) == [
+        'http://mine/aarch64/os', 'file:///x', 'http://near/44/aarch64/os',
+        'https://far/44/aarch64/os', 'https://official/aarch64/os']
+
+
+def test_host_mirrors_further(tmp_path: Path,
+                              monkeypatch: pytest.MonkeyPatch) -> None:
+    '''Debian has names of its own for architectures.'''
+    fake_apt(tmp_path / 'bin', monkeypatch, 'Debian http://a/debian/')
+    assert host_mirrors('debian', 'trixie', 'aarch64', (
+        'http://b/{arch}', 'http://a/debian')) == [
+            'http://a/debian', 'http://b/arm64']
+
+
+def test_host_without_apt(tmp_path: Path,
+                          monkeypatch: pytest.MonkeyPatch) -> None:
+    '''On a host without apt there are still the other mirrors.'''
+    monkeypatch.setenv('PATH', str(tmp_path))
+    assert host_mirrors('debian', further=('http://b',)) == ['http://b']
+
+
+def test_first_with(faults: FaultServer, tmp_path: Path) -> None:
+    '''The first that has the file; else all are named, no password is.'''
+    (tmp_path / 'there').write_text('x')
+    dead = 'http://user:secret@127.0.0.1:1'
+    mirrors = [dead, faults.url, f'file://{tmp_path}/none',
+               f'file://{tmp_path}']
+    assert first_with(mirrors, 'there') == mirrors[3]
+    faults.answers['/there'] = [whole(b'')]
+    assert first_with(mirrors, 'there') == faults.url
+    with pytest.raises(FetchError) as e:
+        first_with(mirrors, 'nowhere')
+    for mirror in ('http://127.0.0.1:1: ', f'{faults.url}: HTTP Error 404',
+                   f'file://{tmp_path}/none: '):
+        assert mirror in e.value.message
+    assert 'secret' not in str(e.value)
+
+
+def test_caret(store: Store, faults: FaultServer) -> None:
+    '''Escaped, once, as not all servers take it; nothing else is.'''
+    body = b'x^y'
+    odd = replace(package(body=body), location='P/a-1^git+2~3%3a4.rpm')
+    faults.answers['/P/a-1%5Egit+2~3%3a4.rpm'] = [whole(body)]
+    fetch(store, odd)
+    assert store.whole(odd)
 
 
 def test_two_fetch_at_once(store: Store, faults: FaultServer) -> None:
