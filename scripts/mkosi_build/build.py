@@ -183,6 +183,15 @@ class Builder:
             return None
         return Result(job, artefacts, fresh=False)
 
+    def fetch_packages(self, job: Job) -> None:
+        '''
+        Fetch the packages of @job's lock. Raises what Store.fetch() does.
+        '''
+        lock = job.lock
+        self.store.fetch(lock.packages, lock.distribution, job.name,
+                         release=lock.release, arch=lock.architecture,
+                         further=job.image.mirrors)
+
     def build(self, job: Job, compare: bool) -> Result:
         '''
         The artefacts of @job, built if need be, in QEMU's asset cache too.
@@ -238,15 +247,14 @@ class Builder:
     def _build(self, job: Job, compare: bool) -> Result:
         tree = tools.ensure(job.tool_lock, self.cache, self.store,
                             self.report, job.target.arch)
-        self.store.fetch(job.lock.packages, job.lock.distribution,
-                         job.image.name)
+        self.fetch_packages(job)
         with self.cache.scratch(job.name) as work:
             log = self.cache.log(job.name)
             self.report.event('log', f'         log: {log}', path=str(log))
             with self.report.stage(f'building {job.name}'):
                 repo = work / 'repository'
                 repo.mkdir()
-                repository.make(job.lock, self.store, repo)
+                repository.make(job.lock, self.store, repo, tree)
                 run_mkosi(job, tree, work, log, f'file://{repo}', [])
             with self.report.stage('verifying'):
                 return self._take(job, work, compare)

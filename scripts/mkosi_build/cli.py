@@ -286,8 +286,7 @@ class Command:
                 tools_folder(self.registry), host_architecture(),
                 self.cache, self.report)
         try:
-            self.builder.store.fetch(lock.packages, lock.distribution,
-                                     job.image.name)
+            self.builder.fetch_packages(job)
         except GoneError:
             tree = tools.ensure(tool_lock, self.cache, self.builder.store,
                                 self.report, job.target.arch)
@@ -300,8 +299,7 @@ class Command:
         self.builder.store.fetch(
             tools.packages(job.tool_lock, job.target.arch),
             job.tool_lock.distribution, TOOLS)
-        self.builder.store.fetch(job.lock.packages, job.lock.distribution,
-                                 job.name)
+        self.builder.fetch_packages(job)
 
     def local(self, jobs: Sequence[Job]) -> List[Result]:
         '''Build the tree as it is, for tests on this machine.'''
