@@ -568,7 +568,7 @@ def _reads(types: Tuple[str, ...], pattern: 're.Pattern[str]',
 _read_name = _reads(_STRING, _NAME,
                     'a name (a-z, 0-9, dot, dash, underscore)')
 _read_file = _reads(_STRING, _FILE,
-                    'a file name (A-Z, a-z, 0-9, dot, dash, underscore)')
+                    'a name (A-Z, a-z, 0-9, dot, dash, underscore)')
 # A hash of digits alone is a number to YAML
 _read_hash = _reads(_STRING + _NUMBER, _HASH, '64 lower-case hex digits')
 _read_device = _reads(_STRING, _DEVICE, 'the name of a device')

@@ -8,12 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from typing import Dict
 
 import pytest
 
-from fixtures_builder import (POSTOUTPUT, REGISTRY, ROOT, Debian,
-                              Project)
+from fixtures_builder import POSTOUTPUT, REGISTRY, ROOT, Debian, Project
 from mkosi_build import cli, error, report
 
 pytest_plugins = ['fixtures_builder']
@@ -46,6 +46,10 @@ def add_second(project: Project) -> None:
     (['--nonsense'], 'unrecognized arguments: --nonsense'),
     (['--check', '--list'], 'not allowed with argument'),
     (['--local', '--update'], 'not allowed with argument'),
+    (['--update-lock', '--check'], "--update-lock can't be combined"),
+    (['--update-lock', '--allow-newer'], "--update-lock can't be combined"),
+    (['--jobs', '0'], 'argument --jobs: invalid'),
+    (['--jobs', 'many'], 'argument --jobs: invalid'),
 ])
 def test_wrong_usage(arguments: 'list[str]', expected: str,
                      project: Project) -> None:
@@ -97,7 +101,8 @@ def test_image_that_cannot_be_built(project: Project) -> None:
 
 
 @pytest.mark.parametrize('arguments', [
-    ['--boot'], ['mini', 'mini', '--boot'], ['mini', '--boot', '--list']])
+    ['--boot'], ['mini', 'mini', '--boot'], ['mini', '--boot', '--list'],
+    ['mini', '--boot', '--update-lock']])
 def test_boot_takes_one_image(arguments: 'list[str]',
                               project: Project) -> None:
     '''And one that there is, or is built now.'''
@@ -171,7 +176,8 @@ def test_check(project: Project) -> None:
         file.write('# changed\n')
     result = project.run('--check')
     assert result.returncode == 3
-    for problem in ('tools: the definition has changed since',
+    for problem in ('tools: the definition has changed since x86_64.lock',
+                    'tools: the definition has changed since aarch64.lock',
                     'mini: the definition has changed since',
                     'the budget is 9'):
         assert result.stderr.count(problem) == 1
@@ -182,9 +188,82 @@ def test_check_of_the_real_tree() -> None:
     '''Registry, locks and definitions of this checkout.'''
     if not (ROOT / 'tests/functional/mkosi/registry.yaml').exists():
         pytest.skip('no registry')
-    for arch in ('x86_64', 'aarch64'):
-        subprocess.run([sys.executable, ROOT / 'scripts/mkosi-build.py',
-                        arch, '--check'], check=True)
+    subprocess.run([sys.executable, ROOT / 'scripts/mkosi-build.py', 'all',
+                    '--check'], check=True)
+
+
+# Several at once
+
+def add_twin(project: Project) -> Path:
+    '''
+    A second image, of the same packages, with a longer name. Returns its
+    definition's folder.
+    '''
+    twin = project.mkosi / 'minimal'
+    shutil.copytree(project.definition, twin)
+    text = project.registry.read_text()
+    entry = text[text.index('  mini:'):].replace('mini', 'minimal')
+    project.registry.write_text(text + entry)
+    return twin
+
+
+@SLOW
+def test_two_at_once(project: Project) -> None:
+    '''Both are built, and each line says of which it speaks.'''
+    add_twin(project)
+    said = project.good('--jobs', '2').stderr
+    for name in ('mini', 'minimal'):
+        assert f'[{name} x86_64] {name} x86_64: built' in said
+        assert (project.cache / f'log/{name}-x86_64.log').stat().st_size
+    assert all(line.startswith('[') for line in said.splitlines())
+    events = project.events(project.good('--json').stdout)
+    assert {event['job']: event['fresh'] for event in events
+            if event['event'] == 'image'} == {
+                'mini x86_64': False, 'minimal x86_64': False}
+
+
+@SLOW
+def test_one_of_two_fails(project: Project) -> None:
+    '''The other is built; the exit code is that of the one that failed.'''
+    twin = add_twin(project)
+    (twin / 'mkosi.postoutput').write_text('#!/bin/sh\nexit 1\n')
+    result = project.run('--jobs', '2', '--local')
+    assert result.returncode == 6, result.stderr
+    assert '[mini x86_64] mini x86_64: built' in result.stderr
+    assert 'error: 1 of 2 builds failed: minimal x86_64\n' in result.stderr
+    project.assert_clean()
+
+
+@SLOW
+def test_two_at_once_are_recorded(project: Project) -> None:
+    '''Neither record takes the other's away.'''
+    add_twin(project)
+    before = project.registry.read_text()
+    project.registry.write_text(re.sub(
+        r'(?m)^ +(sha256|size|identity): .*\n', '', before))
+    project.good('--update', '--jobs', '2')
+    assert project.registry.read_text().count('sha256: ') == 6
+    project.good('--check')
+
+
+@SLOW
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM,
+                                    signal.SIGKILL])
+def test_several_end_together(project: Project, number: int) -> None:
+    '''However the builder that started them ends.'''
+    twin = add_twin(project)
+    for folder in (twin, project.definition):
+        script = folder / 'mkosi.postoutput'
+        script.write_text('#!/bin/sh\nsleep 99\n')
+    with project.start('--jobs', '2', '--local') as process:
+        deadline = time.monotonic() + 60
+        while sum('Running post-output script' in path.read_text()
+                  for path in project.cache.glob('log/*.log')) < 2:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(timeout=10)
+    project.assert_gone()
 
 
 # --update, --local
