@@ -329,7 +329,8 @@ class Command:
         lines.append(f'    in {self.builder.folder(job)}')
         self.report.event(
             'image', '\n'.join(lines), image=job.image.name,
-            arch=job.target.arch, identity=job.identity, locked=job.locked, fresh=result.fresh,
+            arch=job.target.arch, identity=job.identity,
+            locked=job.locked, fresh=result.fresh,
             artefacts={kind: {'path': str(built.path),
                               'asset': str(self.cache.assets / built.sha256),
                               'sha256': built.sha256, 'size': built.size}
@@ -396,7 +397,8 @@ class Command:
         if problems:
             raise problems[0]
         self.report.event('checked', f'{checked} images for '
-                          f'{", ".join(self.archs)}: registry, locks and definitions agree')
+                          f'{", ".join(self.archs)}: registry, locks and '
+                          'definitions agree')
 
     def update(self, jobs: Sequence[Job]) -> List[Result]:
         '''Build, and record what came out.'''

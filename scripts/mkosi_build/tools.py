@@ -109,8 +109,9 @@ def mkosi(tree: Path, arguments: List[str], log: Path,
           network: bool = False, interpreter: Optional[str] = None) -> None:
     '''
     Run mkosi from the tools @tree with @arguments, its output in the file
-    @log, with the @interpreter that emulate.prepare() returned. Raises MkosiError with the telling lines of the log, or HostError
-    where they say that the disk is full.
+    @log, with the @interpreter of emulate.registration(). Raises MkosiError
+    with the telling lines of the log, or HostError where they say that the
+    disk is full.
     '''
     # By the interpreter's own path: the environment has no host's PATH
     status = command.run_isolated(
