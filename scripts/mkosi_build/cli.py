@@ -111,10 +111,10 @@ def parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
                                                         'local'):
         parser.error(f'--update-lock can\'t be combined with '
                      f'--{arguments.mode}')
-    if arguments.boot and (
-            len(arguments.images) != 1 or arguments.arch == ALL
-            or arguments.mode in ('list', 'check')
-            or arguments.update_lock and not arguments.mode):
+    builds_one = (len(arguments.images) == 1 and arguments.arch != ALL
+                  and arguments.mode not in ('list', 'check')
+                  and (arguments.mode or not arguments.update_lock))
+    if arguments.boot and not builds_one:
         parser.error('--boot takes one image, and a build')
     return arguments
 
