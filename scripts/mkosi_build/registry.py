@@ -216,7 +216,8 @@ def record(text: str, image: str, arch: str, identity: str,
     @params artefacts: SHA-256 and size in bytes, by kind
 
     Returns the text with these values replaced, or inserted where they
-    are not there yet. All else stays as it is, comments and order too.
+    are not there yet; 'not-locked' is gone, since now it is. All else
+    stays as it is, comments and order too.
     Raises RegistryError if @text is not a valid registry or cannot
     take these values
     '''
@@ -246,12 +247,7 @@ def _with_hashes(target: Target, identity: str,
         raise RegistryError(
             f'hashes given for: {_listed(artefacts)}; '
             f'expected for: {_listed(target.artefacts)}')
-    if target.not_locked is not None:
-        raise RegistryError(
-            f"architecture '{target.arch}' is marked 'not-locked': "
-            f'{target.not_locked}',
-            next_step="remove the key 'not-locked' from the registry")
-    return replace(target, identity=identity, artefacts={
+    return replace(target, identity=identity, not_locked=None, artefacts={
         kind: replace(artefact, sha256=artefacts[kind][0],
                       size=artefacts[kind][1])
         for kind, artefact in target.artefacts.items()})
@@ -263,6 +259,8 @@ def _edits(text: str, image: str,
     node = root.pairs['images'].pairs[image]
     node = node.pairs['architectures'].pairs[wanted.arch]
 
+    if 'not-locked' in node.pairs:
+        yield _removed(text, node.pairs['not-locked'])
     if 'identity' in node.pairs:
         yield _replaced(node.pairs['identity'], str(wanted.identity))
     else:
@@ -280,6 +278,14 @@ def _edits(text: str, image: str,
 
 def _replaced(node: '_Node', value: str) -> Tuple[int, int, str]:
     return node.start, node.end, value
+
+
+def _removed(text: str, node: '_Node') -> Tuple[int, int, str]:
+    '''From its key to the end of the last line of its value'''
+    start = text.rfind('\n', 0, node.key_start) + 1
+    # A value of several lines ends where the next key begins
+    end = text.find('\n', len(text[:node.end].rstrip()))
+    return start, len(text) if end < 0 else end + 1, ''
 
 
 def _inserted(text: str, node: '_Node',
