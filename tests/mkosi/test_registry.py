@@ -493,7 +493,8 @@ def test_record_inserts(tmp_path: Path) -> None:
 def test_record_removes(reason: str) -> None:
     '''What is recorded was locked: the lines that deny it go.'''
     old = '        not-locked: the mirror is not reachable\n'
-    text = TEXT.replace(old, f'        # of it\n        not-locked: {reason}\n')
+    text = TEXT.replace(old, '        # of it\n'
+                        f'        not-locked: {reason}\n')
     result = registry.record(text, 'fedora-min', 'aarch64', IDENTITY, HASHES)
     assert 'not-locked' not in result and 'nobody' not in result
     assert result.count('# of artefacts') == text.count('# of artefacts')
