@@ -10,7 +10,7 @@ import configparser
 import re
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Dict, Iterator, List, Sequence, Tuple
+from typing import Dict, Iterator, List, Tuple
 
 from . import command, lock as locks, resolve_rpm
 from .build import Job, run_mkosi
@@ -190,30 +190,38 @@ def image_lock(job: Job, tree: Path, cache: Cache, report: Report) -> Lock:
     Raises MkosiError, HostError, FetchError.
     '''
     image, arch = job.image, job.target.arch
-    mirrors = host_mirrors(image.distribution, image.release, arch,
-                           image.mirrors)
     rpm = image.distribution == 'fedora'
-    mirror = (_dnf_mirror(mirrors) if rpm else
-              first_with(mirrors, f'dists/{image.release}/Release'))
+    mirror = _mirror(job)
     name = f'resolve-{job.name}'
     log = cache.log(name)
     report.event('log', f'         log: {log}', path=str(log))
     with report.stage(f'resolving {job.name} at {hide_password(mirror)}'), \
             cache.lock(name), cache.scratch(name) as work:
+        checks = RPM_CHECKS if rpm else _apt_checks(work, job, mirror)
         run_mkosi(job, tree, work, log, mirror,
-                  RPM_CHECKS if rpm else _apt_checks(work, job, mirror),
-                  network=True)
+                  [*_packages_only(work), *checks], network=True)
         packages = work / 'packages'
-        if rpm:
-            chosen, epoch = resolve_rpm.chosen(packages, tree, job.name)
-        else:
-            digests = [sha256_file(path) for path in sorted(
-                (packages / 'cache/apt/archives').glob('*.deb'))]
-            lists = packages / 'lib/apt/lists'
-            chosen = _pick(_index(lists), digests, job.name)
-            epoch = _epoch(lists)
+        chosen, epoch = (resolve_rpm.chosen(packages, tree, job.name) if rpm
+                         else _chosen_by_apt(packages, job.name))
         return Lock(job.definition, image.distribution, image.release, arch,
                     epoch, tuple(chosen))
+
+
+def _chosen_by_apt(packages: Path, what: str) -> Tuple[List[Package], int]:
+    digests = [sha256_file(path) for path in sorted(
+        (packages / 'cache/apt/archives').glob('*.deb'))]
+    lists = packages / 'lib/apt/lists'
+    return _pick(_index(lists), digests, what), _epoch(lists)
+
+
+def _packages_only(work: Path) -> List[str]:
+    '''
+    The options of mkosi that have it end once all packages are installed
+    and a script has run, without which it would not even begin.
+    '''
+    script = work / 'true'
+    script.symlink_to('/bin/true')
+    return ['--format=none', f'--build-script={script}']
 
 
 def _apt_checks(work: Path, job: Job, mirror: str) -> List[str]:
@@ -229,8 +237,13 @@ def _apt_checks(work: Path, job: Job, mirror: str) -> List[str]:
     return [f'--sandbox-tree={work / "sandbox"}']
 
 
-def _dnf_mirror(mirrors: Sequence[str]) -> str:
-    '''The first of @mirrors that dnf can be asked to resolve from.'''
+def _mirror(job: Job) -> str:
+    '''The first mirror that the image of @job can be resolved from.'''
+    image = job.image
+    mirrors = host_mirrors(image.distribution, image.release,
+                           job.target.arch, image.mirrors)
+    if image.distribution != 'fedora':
+        return first_with(mirrors, f'dists/{image.release}/Release')
     usable = [url for url in mirrors if not url.startswith('file:')]
     if not usable:
         raise FetchError(
