@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from .asset import Asset, AssetError
 from .cmd import exec_command
 from .linuxkernel import LinuxKernelTest
 from .mkosi_verified import problem_of, sha256_of, write_atomically
+from .uefi import PACKAGES, Uefi, find_uefi, machine_type
 
 if TYPE_CHECKING:
     from mkosi_build.registry import Artefact, Boot, Registry, Target
@@ -48,6 +50,12 @@ BUILDER = ROOT / 'scripts' / 'mkosi-build.py'
 # Exit codes of the builder for what the host lacks or what cannot be
 # downloaded: nothing that is wrong with the test or the image
 TRANSIENT_EXIT_CODES = (4, 5)
+
+# What a guest gets if the test does not say how much: the images want half
+MEMORY = '512M'
+
+# The machine that firmware boots on if the test does not say which
+MACHINES = {'x86_64': 'q35', 'aarch64': 'virt'}
 
 # How the operating system says that a cache cannot be written to
 CACHE_ERRORS = (errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.ENOTDIR,
@@ -536,13 +544,12 @@ class MkosiTest(LinuxKernelTest):
         @params append: further arguments for the kernel
         @params wait: whether to wait for the guest's shell
 
-        Launches self.vm, which may have been given a machine, memory and
-        devices before, with the kernel of @image
+        Launches self.vm, which may have been given a machine, CPU, memory
+        and devices before, with the kernel of @image
         '''
-        # Skips the test, as setUp() does for images of the class itself
-        image.available()
-        self._boot = boot = image.boot
-        path = image.fetch()
+        path = self._fetch(image)
+        boot = image.boot
+        self._set_defaults(image.arch)
         arguments = list(boot.cmdline)
         if image.part == 'disk':
             arguments += boot.disk_cmdline
@@ -555,6 +562,79 @@ class MkosiTest(LinuxKernelTest):
                            console_index=_console_index(boot.console))
         if wait:
             self.wait_for_shell()
+
+    def boot_firmware(self, image: MkosiAsset, wait: bool = True) -> None:
+        '''
+        @params image: a disk, which keeps nothing that is written to it
+        @params wait: whether to wait for the guest's shell
+
+        Launches self.vm, as boot_image() does, with nothing but UEFI
+        firmware and the disk, which has kernel, initrd and command line.
+        The machine is one that has firmware in flash: q35 or virt, if the
+        test has not set one. Skips the test where there is no firmware
+        '''
+        self.assertEqual(image.part, 'disk', 'firmware boots from a disk')
+        path = self._fetch(image)
+        boot = image.boot
+        if self._machine() is None:
+            self._set_machine(MACHINES[image.arch])
+        self._set_defaults(image.arch)
+        self._add_flash(self._uefi(image.arch))
+        # Before whatever else firmware can boot, such as the network
+        self._attach(path, f'{boot.disk_device},bootindex=0')
+
+        self.vm.set_console(console_index=_console_index(boot.console))
+        self.vm.launch()
+        if wait:
+            self.wait_for_shell()
+
+    def _fetch(self, image: MkosiAsset) -> str:
+        # Skips the test, as setUp() does for images of the class itself
+        image.available()
+        self._boot = image.boot
+        return image.fetch()
+
+    def _set_defaults(self, arch: str) -> None:
+        '''What QEMU has no default for, or one that is of no use here'''
+        if '-m' not in self.vm.args:
+            self.vm.add_args('-m', MEMORY)
+        if arch == 'aarch64':
+            if self._machine() is None:
+                self._set_machine(MACHINES[arch])
+            if self.cpu is None and '-cpu' not in self.vm.args:
+                self.vm.add_args('-cpu', 'max')
+
+    def _machine(self) -> Optional[str]:
+        '''The machine that the test has set'''
+        name: Optional[str] = self.machine
+        for option, value in zip(self.vm.args, self.vm.args[1:]):
+            # Without a name in front, it only has settings
+            named = re.match(r'(?:type=)?([\w.-]+)(?:,|$)', value)
+            if option in ('-M', '-machine') and named:
+                name = named.group(1)
+        return name
+
+    def _set_machine(self, name: str) -> None:
+        self.set_machine(name)
+        # The test may have had self.vm made by now
+        self.vm.set_machine(name)
+
+    def _uefi(self, arch: str) -> Uefi:
+        machine = machine_type(str(self.qemu_bin), str(self._machine()))
+        uefi = find_uefi(arch, machine, Path(self.build_file('pc-bios')))
+        if uefi is None:
+            self.skipTest(f'no UEFI firmware for machine {machine}, neither '
+                          'of this QEMU build nor of the host; install '
+                          f'{PACKAGES[arch]}')
+        return uefi
+
+    def _add_flash(self, uefi: Uefi) -> None:
+        variables = self.scratch_file('uefi-variables.fd')
+        shutil.copyfile(uefi.variables, variables)
+        for file, mode in ((uefi.code, 'on'), (variables, 'off')):
+            path = str(file).replace(',', ',,')
+            self.vm.add_args('-drive', 'if=pflash,format=raw,'
+                                       f'readonly={mode},file={path}')
 
     def wait_for_shell(self) -> None:
         '''Wait until an image that boots, or boots anew, is ready'''
