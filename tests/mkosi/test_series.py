@@ -471,6 +471,42 @@ def test_selection(monkeypatch: pytest.MonkeyPatch, env: Dict[str, str],
         == expected
 
 
+REGISTRY = '''\
+images:
+  here:
+    architectures: {x86_64: {}}
+  there:
+    architectures: {x86_64: {not-locked: no mirror}, aarch64: {}}
+'''
+
+
+@pytest.mark.parametrize('why, expected', [
+    ([], 0),
+    (['mkosi:there: cannot be built yet: no mirror; see --list'], 0),
+    (['kernel is not in the cache'], 1),
+    (['cannot be built yet: no mirror', 'no qemu-system-x86_64', ''], 2),
+])
+def test_skips_that_nobody_can_avoid(tmp_path: Path, why: List[str],
+                                     expected: int) -> None:
+    '''Those with the registry's own reason, and no others.'''
+    path = tmp_path / 'registry.yaml'
+    path.write_text(REGISTRY, encoding='utf-8')
+    count = tap.Count()
+    for reason in why:
+        count.skip('test', reason)
+    assert functional.avoidable(count, functional.unlocked(path)) == expected
+
+
+def test_skips_are_told_by_reason(
+        capsys: pytest.CaptureFixture[str]) -> None:
+    '''A long reason is not said once for each test.'''
+    count = tap.Count(passed=1)
+    for name in ('one', 'two'):
+        count.skip(name, 'no mirror')
+    functional.report(count, strict=False)
+    assert 'skipped: one, two: no mirror\n' in capsys.readouterr().out
+
+
 def test_selection_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     '''A name with a typo does not pass for success.'''
     monkeypatch.setenv('TESTS', 'func-x86_64-mkosi_root')
@@ -573,7 +609,7 @@ class Host:
             (self.bin / name).symlink_to(shutil.which(name) or name)
         for name in ('python3', 'apt-get', 'dpkg-deb', 'git', 'make', 'perl',
                      'tar', 'unshare', 'xz', 'qemu-img',
-                     'qemu-system-x86_64'):
+                     'qemu-system-x86_64', 'qemu-system-aarch64'):
             if name != lacks:
                 self.stub(name, STUB)
         self.stub('id', f'#!/bin/sh\necho {uid}\n')
