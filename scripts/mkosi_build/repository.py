@@ -6,6 +6,7 @@ for everybody. They need no signature: each package was verified by hash.
 '''
 
 import os
+import re
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -53,14 +54,16 @@ def _make_rpm(lock: Lock, store: Store, folder: Path, tree: Path) -> None:
         os.utime(path, (lock.epoch, lock.epoch))
     with tempfile.NamedTemporaryFile() as log:
         status = sandbox.run(tree, [
-            'createrepo_c', '--quiet', '--simple-md-filenames',
+            'createrepo_c', '--simple-md-filenames',
             '--general-compress-type=gz', '--revision=0',
             '--set-timestamp-to-revision', '.'], folder, Path(log.name))
         said = log.read().decode(errors='replace')
-    if status or 'Critical' in said:
-        raise InputError('createrepo_c can\'t read the locked packages: '
-                         f'{said.strip()}',
-                         next_step='make the lock anew with --update-lock')
+    if status:
+        bad = re.findall(r'Cannot read package: \./Packages/(\S+):', said)
+        raise InputError(
+            f'{", ".join(bad)}: not an RPM package' if bad else
+            f'createrepo_c failed (exit code {status}): {said.strip()}',
+            next_step='make the lock anew with --update-lock')
 
 
 def _make_deb(lock: Lock, store: Store, folder: Path) -> None:

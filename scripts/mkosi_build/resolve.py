@@ -15,7 +15,7 @@ from typing import Dict, Iterator, List, Tuple
 from . import command, lock as locks, resolve_rpm
 from .build import Job, run_mkosi
 from .cache import Cache, sha256_file
-from .error import FetchError, HostError, InputError
+from .error import FetchError, HostError, InputError, MkosiError
 from .lock import Lock, Package
 from .report import Report
 from .store import (DEBIAN_ARCHITECTURES, first_with, hide_password,
@@ -187,7 +187,8 @@ def image_lock(job: Job, tree: Path, cache: Cache, report: Report) -> Lock:
     with network and without any packages at hand, fetches. The lock of
     @job says for which release, its packages do not matter.
 
-    Raises MkosiError, HostError, FetchError.
+    Raises MkosiError, HostError; FetchError where packages can't be had or
+    trusted.
     '''
     image, arch = job.image, job.target.arch
     rpm = image.distribution == 'fedora'
@@ -198,11 +199,14 @@ def image_lock(job: Job, tree: Path, cache: Cache, report: Report) -> Lock:
     with report.stage(f'resolving {job.name} at {hide_password(mirror)}'), \
             cache.lock(name), cache.scratch(name) as work:
         checks = RPM_CHECKS if rpm else _apt_checks(work, job, mirror)
-        run_mkosi(job, tree, work, log, mirror,
-                  [*_packages_only(work), *checks], network=True)
-        packages = work / 'packages'
-        chosen, epoch = (resolve_rpm.chosen(packages, tree, job.name) if rpm
-                         else _chosen_by_apt(packages, job.name))
+        try:
+            run_mkosi(job, tree, work, log, mirror,
+                      [*_packages_only(work), *checks], network=True)
+        except MkosiError as e:
+            raise (rpm and resolve_rpm.refusal(log)) or e from e
+        chosen, epoch = (
+            resolve_rpm.chosen(work / 'packages', tree, job.name) if rpm
+            else _chosen_by_apt(work / 'packages', job.name))
         return Lock(job.definition, image.distribution, image.release, arch,
                     epoch, tuple(chosen))
 

@@ -10,9 +10,10 @@ are believed where a package lies, which the hash makes harmless, and when
 the repository was released.
 '''
 
+import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
-from typing import Dict, List, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 from . import sandbox
 from .cache import sha256_file
@@ -25,6 +26,26 @@ QUERY = ('%{NAME} %|EPOCH?{%{EPOCH}:}|%{VERSION}-%{RELEASE} %{ARCH} '
 
 COMMON = '{http://linux.duke.edu/metadata/common}'
 REPO = '{http://linux.duke.edu/metadata/repo}'
+
+
+# What dnf says where it has refused what the mirror sent, or got nothing
+REFUSED = re.compile(r'^(Package .* is not signed|Public key for .*'
+                     r'|Problem opening package .*|.*: Cannot download, .*'
+                     r'|Error: Failed to download metadata.*)', re.M)
+
+
+def refusal(log: Path) -> Optional[FetchError]:
+    '''
+    Why dnf took nothing from the mirror, if that is what the file @log of
+    mkosi tells.
+    '''
+    said = REFUSED.findall(log.read_text(encoding='utf-8', errors='replace'))
+    if not said:
+        return None
+    lines = ''.join(f'\n    {line.strip()}' for line in said[:10])
+    return FetchError(f'dnf refused what the mirror has:{lines}',
+                      next_step='set QEMU_MKOSI_MIRROR to another mirror; '
+                      f'the whole log: {log}')
 
 
 def chosen(packages: Path, tree: Path, what: str) -> Tuple[List[Package], int]:
