@@ -9,10 +9,12 @@ PYTEST_DONT_REWRITE: test modules import this before they name it a plugin.
 '''
 
 from pathlib import Path
+import re
 import shutil
 import subprocess
 import threading
-from typing import Iterator, List
+import time
+from typing import Iterator, List, Optional, Tuple
 import urllib.parse
 
 import pytest
@@ -24,6 +26,9 @@ from mkosi_build.report import Report
 from synthetic_fedora import RELEASE, Fedora, debian_packages
 
 IMAGE = 'fedora-min'
+# A whole image, and its boot, on a busy machine
+PATIENCE = 600
+
 KEY = f'RPM-GPG-KEY-fedora-{RELEASE}-primary'
 
 
@@ -61,8 +66,14 @@ class FedoraProject(Project):
     def __init__(self, root: Path, mirror: str, tools_tree: Path,
                  arch: str = 'x86_64') -> None:
         super().__init__(root, mirror, tools_tree)
-        self.arch = arch
+        self.said: Optional['subprocess.CompletedProcess[str]'] = None
+        self.seconds = 0.0
         self.definition = self.mkosi / IMAGE
+        self.use(arch)
+
+    def use(self, arch: str) -> None:
+        '''Build for @arch from now on.'''
+        self.arch = arch
         self.lock_path = self.definition / f'{arch}.lock'
 
     def copy(self) -> None:
@@ -70,6 +81,18 @@ class FedoraProject(Project):
         for name in ('scripts', 'tests/functional/mkosi'):
             shutil.copytree(ROOT / name, self.tree / name, symlinks=True,
                             ignore=shutil.ignore_patterns('__pycache__'))
+        # Fedora's own mirrors are not asked
+        text = self.registry.read_text()
+        self.registry.write_text(re.sub(
+            r'^    mirrors:\n(      - .*\n)+', '', text, flags=re.M))
+
+    def run(self, *arguments: str, wrapper: Tuple[str, ...] = (),
+            **env: str) -> 'subprocess.CompletedProcess[str]':
+        return subprocess.run(
+            [*wrapper, *self.command(*arguments)], cwd=self.root,
+            env=self.environment(**env), stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, encoding='utf-8', errors='replace',
+            timeout=PATIENCE, stdin=subprocess.DEVNULL, check=False)
 
     def command(self, *arguments: str) -> List[str]:
         return [*self.python, self.script, self.arch, IMAGE, *arguments]
@@ -80,12 +103,17 @@ def fixture_fedora(tmp_path_factory: pytest.TempPathFactory,
                    tools_tree: Path) -> Fedora:
     '''The synthetic Fedora, with a repository for x86_64.'''
     fedora = Fedora(tmp_path_factory.mktemp('fedora'), tools_tree)
+    make(fedora, 'x86_64')
+    return fedora
+
+
+def make(fedora: Fedora, arch: str) -> None:
+    '''Add a repository for @arch to @fedora.'''
     with pytest.MonkeyPatch.context() as patch:
         for name, value in AMBIENT.items():
             patch.setenv(name, value)
-        packages = debian_packages('x86_64', Cache(), Report())
-    fedora.make('x86_64', packages)
-    return fedora
+        packages = debian_packages(arch, Cache(), Report())
+    fedora.make(arch, packages)
 
 
 @pytest.fixture(name='fedora_tools', scope='session')
@@ -112,15 +140,33 @@ def fixture_mirror(fedora: Fedora) -> Iterator[Mirror]:
     server.close()
 
 
-def mirrors_of(server: Mirror, folder: str = '') -> str:
-    '''The URL of a repository for each architecture.'''
-    return '/'.join([server.url, *([folder] if folder else []), '{arch}'])
-
-
 @pytest.fixture(name='fresh')
 def fixture_fresh(tmp_path: Path, mirror: Mirror,
                   fedora_tools: Path) -> FedoraProject:
     '''A project that knows the synthetic Fedora.'''
-    project = FedoraProject(tmp_path / 'p', mirrors_of(mirror), fedora_tools)
+    project = FedoraProject(tmp_path / 'p', mirror.url + '/{arch}',
+                            fedora_tools)
     project.copy()
     return project
+
+
+@pytest.fixture(name='recorded', scope='session')
+def fixture_recorded(tmp_path_factory: pytest.TempPathFactory,
+                     mirror: Mirror, fedora_tools: Path) -> FedoraProject:
+    '''A project that locked, built and recorded; only to be copied.'''
+    project = FedoraProject(tmp_path_factory.mktemp('recorded') / 'p',
+                            mirror.url + '/{arch}', fedora_tools)
+    project.copy()
+    start = time.monotonic()
+    project.said = project.good('--update-lock', '--update', '--boot')
+    project.seconds = time.monotonic() - start
+    return project
+
+
+@pytest.fixture(name='locked')
+def fixture_locked(tmp_path: Path, recorded: FedoraProject,
+                   fedora_tools: Path) -> FedoraProject:
+    '''A project with lock and hashes, and nothing in its cache.'''
+    root = tmp_path / 'p'
+    shutil.copytree(recorded.tree, root / 'tree', symlinks=True)
+    return FedoraProject(root, recorded.mirror, fedora_tools)

@@ -595,6 +595,11 @@ class Fedora:
         self.run(SIGN, name, *(str(path.relative_to(self.folder))
                                for path in packages))
 
+    def unsign(self, *packages: Path) -> None:
+        '''Take the signatures of packages below the folder away.'''
+        self.run('rpmsign --delsign "$@"',
+                 *(str(path.relative_to(self.folder)) for path in packages))
+
     def index(self, repository: str) -> None:
         '''Make the metadata of a repository in the folder.'''
         self.run(INDEX, repository, str(EPOCH))
