@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 #
-#   make images   build the images of this host's architecture, boot one
-#   make check    all checks and tests, on the images
+#   make images   build the images for this host's architecture, boot one
+#   make check    build all images; all checks and tests, on the images
 
 ARCH := $(shell uname -m)
 PYTHON := build/venv/bin/python
@@ -12,7 +12,8 @@ TERMINAL := $(shell test -t 0 || echo '< /dev/null')
 .NOTPARALLEL:
 .PHONY: images check setup lint unit build check-functional bench clean
 
-images: build
+images: setup
+	$(BUILDER) $(ARCH) --allow-newer
 	$(BUILDER) $(ARCH) debian-min --allow-newer --boot $(TERMINAL)
 
 check: lint build unit check-functional
@@ -28,7 +29,7 @@ unit: setup
 
 # A locked package may have left all mirrors by now
 build: setup
-	$(BUILDER) $(ARCH) --allow-newer
+	$(BUILDER) all --allow-newer
 
 check-functional: setup
 	@$(PYTHON) -m series check

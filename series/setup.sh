@@ -24,6 +24,12 @@ unshare:util-linux
 xz:xz-utils
 qemu-img:qemu-utils
 qemu-system-x86_64:qemu-system-x86
+qemu-system-aarch64:qemu-system-arm
+'
+# Firmware that guests boot with, likewise
+folders='
+/usr/share/OVMF:ovmf
+/usr/share/AAVMF:qemu-efi-aarch64
 '
 
 missing_packages() {
@@ -31,6 +37,9 @@ missing_packages() {
     PATH=$PATH:${QEMU_BIN:-}
     for entry in $programs; do
         command -v "${entry%%:*}" > /dev/null || echo "${entry##*:}"
+    done
+    for entry in $folders; do
+        [ -d "${entry%%:*}" ] || echo "${entry##*:}"
     done
     if [ ! -e /usr/share/keyrings/debian-archive-keyring.gpg ] &&
        [ ! -e /usr/share/keyrings/debian-archive-keyring.pgp ]; then
