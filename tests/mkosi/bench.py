@@ -17,7 +17,6 @@ import os
 import platform
 import re
 import selectors
-import shutil
 import statistics
 import struct
 import subprocess
@@ -25,8 +24,9 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Callable, Dict, List, Optional, Sequence
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / 'scripts'))
@@ -41,15 +41,25 @@ from mkosi_build.report import Report  # noqa: E402
 
 BUILDER = ROOT / 'scripts' / 'mkosi-build.py'
 IMAGE = 'debian-min'
+HOST = build.host_architecture()
 MARKER = 'FLOOR-IS-HERE'
 GIB = 1 << 30
 # Seconds until a boot counts as failed
 PATIENCE = 120
 
+# All images of all architectures from empty caches on two CPUs: 15 minutes
+PATIENCE_FOR_ALL = 900
+
+QEMU = {'x86_64': ['qemu-system-x86_64', '-machine', 'q35'],
+        # As MkosiTest has it: see AARCH64_CPU there
+        'aarch64': ['qemu-system-aarch64', '-machine', 'virt',
+                    '-cpu', 'neoverse-n1']}
+
 # The peer: what QEMU's aarch64 hotplug_pci test boots today
-PEER = 'debian-installer-13-netboot-amd64'
-PEER_FILES = ('usr/lib/debian-installer/images/13/amd64/text/'
-              'debian-installer/amd64')
+PEER = 'debian-installer-13-netboot-{arch}'
+PEER_FILES = ('usr/lib/debian-installer/images/13/{arch}/text/'
+              'debian-installer/{arch}')
+PEER_ARCH = {'x86_64': 'amd64', 'aarch64': 'arm64'}
 PEER_SHELL = '~ # '
 
 
@@ -81,39 +91,60 @@ def newc(path: str, mode: int, data: bytes) -> bytes:
     return member + b'\0' * (-len(member) % 4)
 
 
-def floor_initrd(path: Path) -> None:
+def x86_64_code(start: int, text: bytes) -> Tuple[int, bytes]:
+    '''
+    ELF's number of the machine, and code of it that is at address @start:
+    write(1, text, length), then pause() for ever; the text follows it.
+    '''
+    size = 43
+    return 62, (b'\xb8\x01\x00\x00\x00'                 # mov eax, 1
+                b'\xbf\x01\x00\x00\x00'                 # mov edi, 1
+                + b'\x48\xbe' + struct.pack('<Q', start + size)
+                + b'\xba' + struct.pack('<I', len(text))  # mov edx, length
+                + b'\x0f\x05'                            # syscall
+                b'\xb8\x22\x00\x00\x00'                 # mov eax, 34
+                b'\x0f\x05'                              # syscall
+                b'\xeb\xf7').ljust(size, b'\x90') + text  # jmp to mov
+
+
+def aarch64_code(_start: int, text: bytes) -> Tuple[int, bytes]:
+    '''The same, but for ppoll(NULL, 0, NULL, NULL) in place of pause().'''
+    def mov(register: int, value: int) -> int:
+        return 0xd2800000 | value << 5 | register
+
+    svc = 0xd4000001
+    code = [mov(0, 1),
+            0x10000001 | (11 << 5),         # adr x1, 11 instructions ahead
+            mov(2, len(text)), mov(8, 64), svc,
+            mov(0, 0), mov(1, 0), mov(2, 0), mov(3, 0), mov(8, 73), svc,
+            0x17fffffa]                     # b to 6 instructions before
+    return 183, struct.pack(f'<{len(code)}I', *code) + text
+
+
+def floor_initrd(path: Path, arch: str) -> None:
     '''
     An initrd with nothing but a static program that writes a marker and
-    sleeps: what the kernel alone takes. x86_64 machine code, so that no
-    compiler is needed: write(1, text, length), then pause() for ever.
+    sleeps: what the kernel alone takes. Machine code, so that no compiler
+    is needed.
     '''
-    text = f'\n{MARKER}\n'.encode()
     base, head = 0x400000, 64 + 56
-    code_size = 43
-    code = (b'\xb8\x01\x00\x00\x00'                      # mov eax, 1
-            b'\xbf\x01\x00\x00\x00'                      # mov edi, 1
-            + b'\x48\xbe' + struct.pack('<Q', base + head + code_size)
-            + b'\xba' + struct.pack('<I', len(text))     # mov edx, length
-            + b'\x0f\x05'                                # syscall
-            b'\xb8\x22\x00\x00\x00'                      # mov eax, 34
-            b'\x0f\x05'                                  # syscall
-            b'\xeb\xf7').ljust(code_size, b'\x90')       # jmp to mov
-    size = head + len(code) + len(text)
-    elf = struct.pack('<16sHHIQQQIHHHHHH', b'\x7fELF\x02\x01\x01', 2, 62, 1,
-                      base + head, 64, 0, 0, 64, 56, 1, 0, 0, 0)
+    make = {'x86_64': x86_64_code, 'aarch64': aarch64_code}[arch]
+    machine, code = make(base + head, f'\n{MARKER}\n'.encode())
+    size = head + len(code)
+    elf = struct.pack('<16sHHIQQQIHHHHHH', b'\x7fELF\x02\x01\x01', 2,
+                      machine, 1, base + head, 64, 0, 0, 64, 56, 1, 0, 0, 0)
     elf += struct.pack('<IIQQQQQQ', 1, 5, 0, base, base, size, size, 4096)
-    path.write_bytes(newc('init', 0o100755, elf + code + text)
+    path.write_bytes(newc('init', 0o100755, elf + code)
                      + newc('TRAILER!!!', 0, b''))
 
 
-def boot_seconds(arguments: Sequence[str], markers: Sequence[str]) -> float:
+def boot_seconds(command: Sequence[str], markers: Sequence[str]) -> float:
     '''
-    Seconds from the start of QEMU until the last of @markers, one after
-    the other, is on the console.
+    Seconds from the start of QEMU by @command until the last of @markers,
+    one after the other, is on the console.
     '''
-    command = ['qemu-system-x86_64', '-machine', 'q35', '-accel', 'tcg',
-               '-m', '512', '-nographic', '-no-reboot', '-nic', 'none',
-               *arguments]
+    command = [*command, '-accel', 'tcg', '-m', '512', '-nographic',
+               '-no-reboot', '-nic', 'none']
     start = time.monotonic()
     wanted = [marker.encode() for marker in markers]
     seen = b''
@@ -164,24 +195,26 @@ def rows_of(found: Dict[str, List[float]], baseline: str,
     return rows
 
 
-def peer_folder(cache: Cache, report: Report, work: Path) -> Optional[Path]:
+def peer_folder(arch: str, cache: Cache, report: Report,
+                work: Path) -> Optional[Path]:
     '''The installer's kernel and initrd, None where they can't be had.'''
-    definition = work / 'peer'
+    definition = work / f'peer-{arch}'
     definition.mkdir()
+    name = PEER.format(arch=PEER_ARCH[arch])
     (definition / 'mkosi.conf').write_text(
         '[Distribution]\nDistribution=debian\nRelease=trixie\n'
-        f'[Content]\nPackages={PEER}\n')
+        f'[Content]\nPackages={name}\n')
     store = build.Builder(cache, report).store
     try:
-        lock = resolve.tools_lock(definition, 'x86_64', cache, report)
-        package, = (p for p in lock.packages if p.name == PEER)
+        lock = resolve.tools_lock(definition, HOST, cache, report)
+        package, = (p for p in lock.packages if p.name == name)
         store.fetch([package], 'debian', 'the peer')
     except BuildError as e:
         print(f'the peer is left out: {e}', file=sys.stderr)
         return None
     subprocess.run(['dpkg-deb', '--extract', store.path(package),
                     definition], check=True)
-    return definition / PEER_FILES
+    return definition / PEER_FILES.format(arch=PEER_ARCH[arch])
 
 
 def boots(job: build.Job, result: build.Result, peer: Optional[Path],
@@ -190,7 +223,8 @@ def boots(job: build.Job, result: build.Result, peer: Optional[Path],
     boot = job.target.boot
     paths = {kind: str(built.path)
              for kind, built in result.artefacts.items()}
-    kernel = ['-kernel', paths['kernel']]
+    qemu = QEMU[job.target.arch]
+    kernel = [*qemu, '-kernel', paths['kernel']]
     image = [*kernel, '-initrd', paths['initrd']]
     disk = ['-drive', 'if=none,id=disk,format=qcow2,snapshot=on,'
             f'file={paths["disk"]}',
@@ -209,7 +243,7 @@ def boots(job: build.Job, result: build.Result, peer: Optional[Path],
                         (*boot.cmdline, *boot.disk_cmdline),
                         boot.ready, boot.prompt)}
     if peer:
-        kernel = ['-kernel', f'{peer}/linux', '-initrd']
+        kernel = [*qemu, '-kernel', f'{peer}/linux', '-initrd']
         measures['peer floor'] = measure([*kernel, floor], [console], MARKER)
         measures['peer'] = measure([*kernel, f'{peer}/initrd.gz'],
                                    [console, 'BOOT_DEBUG=3'], PEER_SHELL)
@@ -219,8 +253,9 @@ def boots(job: build.Job, result: build.Result, peer: Optional[Path],
 def bench_boot(job: build.Job, result: build.Result, peer: Optional[Path],
                work: Path, rounds: int) -> List[Row]:
     '''Boot to the prompt, beside the same kernel with nothing to do.'''
-    floor = work / 'floor.cpio'
-    floor_initrd(floor)
+    arch = job.target.arch
+    floor = work / f'floor-{arch}.cpio'
+    floor_initrd(floor, arch)
     found = in_turns(boots(job, result, peer, str(floor)), rounds)
     budget = job.target.budget
     rows = rows_of({k: v for k, v in found.items() if 'peer' not in k},
@@ -229,7 +264,7 @@ def bench_boot(job: build.Job, result: build.Result, peer: Optional[Path],
     if peer:
         rows += rows_of({k: v for k, v in found.items() if 'peer' in k},
                         'peer floor', {})
-    return [replace(row, name=f'boot: {row.name}') for row in rows]
+    return [replace(row, name=f'{arch} boot: {row.name}') for row in rows]
 
 
 def bench_bytes(job: build.Job, result: build.Result,
@@ -238,11 +273,13 @@ def bench_bytes(job: build.Job, result: build.Result,
     sizes = {kind: built.size for kind, built in result.artefacts.items()}
     budget = job.target.budget
     both = sizes['kernel'] + sizes['initrd']
-    rows = [Row('bytes: kernel + initrd', both, 'B',
+    arch = job.target.arch
+    rows = [Row(f'{arch} bytes: kernel + initrd', both, 'B',
                 limit=budget.kernel_initrd_bytes),
-            Row('bytes: disk', sizes['disk'], 'B', limit=budget.disk_bytes)]
+            Row(f'{arch} bytes: disk', sizes['disk'], 'B',
+                limit=budget.disk_bytes)]
     if peer:
-        rows.append(Row('bytes: peer kernel + initrd', sum(
+        rows.append(Row(f'{arch} bytes: peer kernel + initrd', sum(
             (peer / name).stat().st_size for name in ('linux', 'initrd.gz')),
             'B'))
     return rows
@@ -256,26 +293,20 @@ def timed(command: Sequence[str], env: Dict[str, str]) -> float:
     return time.monotonic() - start
 
 
-def bench_build(job: build.Job, cache: Cache, report: Report, work: Path,
-                rounds: int) -> List[Row]:
+def plain_mkosi(job: build.Job, cache: Cache, report: Report,
+                work: Path) -> Callable[[], float]:
     '''
-    The command, from empty caches, with packages at hand, and with nothing
-    to do; beside mkosi by itself on the same definition and tools tree,
-    with the same packages in a local repository.
+    Measures mkosi by itself, with the definition, the tools tree and the
+    packages of @job.
     '''
-    env = {'QEMU_MKOSI_DIR': str(work / 'mkosi'),
-           'QEMU_TEST_CACHE_DIR': str(work / 'qemu')}
-    command = [sys.executable, str(BUILDER), 'x86_64', IMAGE]
-    cold = timed(command, env)
-
-    store = build.Builder(cache, report).store
-    tree = tools.ensure(job.tool_lock, cache, store, report)
+    builder = build.Builder(cache, report)
+    tree = tools.ensure(job.tool_lock, cache, builder.store, report)
     repo = work / 'repository'
     repo.mkdir()
-    store.fetch(job.lock.packages, 'debian', IMAGE)
-    repository.make(job.lock, store, repo, tree)
+    builder.fetch_packages(job)
+    repository.make(job.lock, builder.store, repo, tree)
 
-    def plain() -> float:
+    def measure() -> float:
         (work / 'plain').mkdir()
         start = time.monotonic()
         build.run_mkosi(job, tree, work / 'plain', work / 'plain.log',
@@ -284,16 +315,38 @@ def bench_build(job: build.Job, cache: Cache, report: Report, work: Path,
         remove_tree(work / 'plain')
         return took
 
-    def cached() -> float:
-        shutil.rmtree(work / 'mkosi/images')
-        return timed(command, env)
+    return measure
 
-    found = in_turns({'plain mkosi': plain, 'packages cached': cached},
-                     rounds)
-    rows = rows_of(found, 'plain mkosi', {'packages cached': 1.1})
-    rows.append(Row('cold', cold, 's', 'plain mkosi',
-                    cold / statistics.median(found['plain mkosi'])))
-    found = in_turns({'nothing changed': lambda: timed(command, env)}, 5)
+
+def bench_build(plain: Callable[[], float], work: Path,
+                rounds: int) -> List[Row]:
+    '''
+    The command: all images from empty caches; one with its packages at
+    hand, for either architecture; and with nothing to do.
+    '''
+    env = {'QEMU_MKOSI_DIR': str(work / 'mkosi'),
+           'QEMU_TEST_CACHE_DIR': str(work / 'qemu')}
+    command = [sys.executable, str(BUILDER)]
+    cold = timed([*command, 'all'], env)
+
+    def cached(arch: str) -> float:
+        remove_tree(work / 'mkosi/images' / IMAGE / arch)
+        return timed([*command, arch, IMAGE], env)
+
+    names = {arch: f'{arch} packages cached'
+             for arch in registry.ARCHITECTURES}
+    found = in_turns({'plain mkosi': plain,
+                      **{name: partial(cached, arch)
+                         for arch, name in names.items()}}, rounds)
+    host = names.pop(HOST)
+    foreign, = names.values()
+    rows = rows_of({name: found[name] for name in ('plain mkosi', host)},
+                   'plain mkosi', {host: 1.1})
+    rows += rows_of({name: found[name] for name in (host, foreign)},
+                    host, {foreign: 3.0})[1:]
+    rows.append(Row('all, cold', cold, 's', limit=PATIENCE_FOR_ALL))
+    found = in_turns({'nothing changed': lambda: timed(
+        [*command, HOST, IMAGE], env)}, 5)
     rows.append(replace(rows_of(found, 'nothing changed', {})[0],
                         limit=0.5))
     return [replace(row, name=f'build: {row.name}') for row in rows]
@@ -305,7 +358,7 @@ FETCH = '''
 import sys, time
 from qemu_test import Asset, MkosiAsset
 assets = {'Asset': Asset('bench', sys.argv[1]),
-          'MkosiAsset': MkosiAsset('debian-min', arch='x86_64')}
+          'MkosiAsset': MkosiAsset('debian-min', arch=sys.argv[2])}
 for asset in assets.values():
     asset.fetch()
 for _ in range(5):
@@ -329,7 +382,7 @@ def bench_fetch(tree: Path, work: Path) -> List[Row]:
     artefact = {'sha256': digest, 'size': GIB}
     override = cache / 'override.json'
     override.write_text(json.dumps({
-        'schema': 1, 'images': {IMAGE: {'x86_64': {
+        'schema': 1, 'images': {IMAGE: {HOST: {
             'identity': digest, 'locked': False,
             'artefacts': {kind: artefact
                           for kind in ('kernel', 'initrd', 'disk')}}}}}))
@@ -337,8 +390,9 @@ def bench_fetch(tree: Path, work: Path) -> List[Row]:
            'QEMU_TEST_MKOSI_OVERRIDE': str(override),
            'QEMU_BUILD_ROOT': str(work), 'MESON_BUILD_ROOT': str(work),
            'PYTHONPATH': f'{tree}/python:{tree}/tests/functional'}
-    told = subprocess.run([sys.executable, '-c', FETCH, digest], env=env,
-                          stdout=subprocess.PIPE, text=True, check=True)
+    told = subprocess.run([sys.executable, '-c', FETCH, digest, HOST],
+                          env=env, stdout=subprocess.PIPE, text=True,
+                          check=True)
     found: Dict[str, List[float]] = {'Asset': [], 'MkosiAsset': []}
     for name, seconds in re.findall(r'^(\w+) (\S+)$', told.stdout, re.M):
         found[name].append(float(seconds))
@@ -348,7 +402,7 @@ def bench_fetch(tree: Path, work: Path) -> List[Row]:
 
 def table(rows: Sequence[Row]) -> str:
     '''@rows for a person.'''
-    lines = [f'{"MEASURE":30} {"MEDIAN":>12} {"SPREAD":>7} {"RATIO":>8} '
+    lines = [f'{"MEASURE":34} {"MEDIAN":>12} {"SPREAD":>7} {"RATIO":>8} '
              f'{"LIMIT":>12}  BASELINE']
     for row in rows:
         value = (f'{row.value:.4f} s' if row.unit == 's'
@@ -358,7 +412,7 @@ def table(rows: Sequence[Row]) -> str:
             shown = (f'{row.limit / 1e6:.2f} MB' if row.unit == 'B'
                      else f'{row.limit:g}{"" if row.ratio else " s"}')
         ratio = '' if row.ratio is None else f'{row.ratio:.4g}'
-        lines.append(f'{row.name:30} {value:>12} {row.spread:>7.0%} '
+        lines.append(f'{row.name:34} {value:>12} {row.spread:>7.0%} '
                      f'{ratio:>8} {shown:>12}  {row.baseline}'
                      f'{"" if row.passed else "  OVER ITS LIMIT"}')
     return '\n'.join(lines)
@@ -370,11 +424,14 @@ def parse_arguments() -> argparse.Namespace:
         description='Measure boots, builds and look-ups of ' + IMAGE)
     parser.add_argument('--tree', type=Path, required=True,
                         help='a QEMU tree with the series applied')
+    parser.add_argument('--arch', choices=registry.ARCHITECTURES,
+                        help='boot images for this one (default: all)')
     parser.add_argument('--json', type=Path, help='write the results here')
     parser.add_argument('--rounds', type=int, default=7,
                         help='boots each (default: %(default)s)')
     parser.add_argument('--builds', type=int, default=3,
-                        help='builds each (default: %(default)s)')
+                        help='builds each, 0 for none (default: '
+                        '%(default)s)')
     return parser.parse_args()
 
 
@@ -383,15 +440,22 @@ def main() -> int:
     arguments = parse_arguments()
     cache, report = Cache(), Report()
     known = registry.load(registry.DEFAULT)
-    job = build.prepare(known, known.image(IMAGE), 'x86_64')
-    result = build.Builder(cache, report).build(job, compare=True)
+    builder = build.Builder(cache, report)
+    archs = [arguments.arch] if arguments.arch else registry.ARCHITECTURES
+    rows = []
     with tempfile.TemporaryDirectory(dir=cache.root) as name:
         work = Path(name)
-        peer = peer_folder(cache, report, work)
-        rows = bench_boot(job, result, peer, work, arguments.rounds)
-        rows += bench_bytes(job, result, peer)
+        for arch in archs:
+            job = build.prepare(known, known.image(IMAGE), arch)
+            result = builder.build(job, compare=True)
+            peer = peer_folder(arch, cache, report, work)
+            rows += bench_boot(job, result, peer, work, arguments.rounds)
+            rows += bench_bytes(job, result, peer)
         rows += bench_fetch(arguments.tree, work)
-        rows += bench_build(job, cache, report, work, arguments.builds)
+        if arguments.builds:
+            job = build.prepare(known, known.image(IMAGE), HOST)
+            rows += bench_build(plain_mkosi(job, cache, report, work), work,
+                                arguments.builds)
     print(table(rows))
     if arguments.json:
         arguments.json.write_text(json.dumps({
