@@ -57,10 +57,6 @@ MEMORY = '512M'
 # The machine that firmware boots on if the test does not say which
 MACHINES = {'x86_64': 'q35', 'aarch64': 'virt'}
 
-# The CPU for aarch64, likewise: "max" takes three times as long under TCG
-# before QEMU 10, which emulates its pointer authentication to the bit
-AARCH64_CPU = 'neoverse-n1'
-
 # How the operating system says that a cache cannot be written to
 CACHE_ERRORS = (errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.ENOTDIR,
                 errno.EPERM, errno.EROFS)
@@ -606,7 +602,7 @@ class MkosiTest(LinuxKernelTest):
             if self._machine() is None:
                 self._set_machine(MACHINES[arch])
             if self.cpu is None and '-cpu' not in self.vm.args:
-                self.vm.add_args('-cpu', AARCH64_CPU)
+                self.vm.add_args('-cpu', 'max')
 
     def _machine(self) -> Optional[str]:
         '''The machine that the test has set'''
