@@ -249,7 +249,7 @@ def report(count: Count, strict: bool) -> int:
     for name, why in count.skips:
         skips.setdefault(why, []).append(name)
     for why, names in skips.items():
-        say(f'skipped: {", ".join(names)}: {why}')
+        say('\n    '.join([f'skipped: {why}', *names]))
     for problem in count.problems:
         say(f'failed: {problem}')
     bad = bool(count.failed) or not count.passed + count.skipped

@@ -504,7 +504,7 @@ def test_skips_are_told_by_reason(
     for name in ('one', 'two'):
         count.skip(name, 'no mirror')
     functional.report(count, strict=False)
-    assert 'skipped: one, two: no mirror\n' in capsys.readouterr().out
+    assert 'skipped: no mirror\n    one\n    two\n' in capsys.readouterr().out
 
 
 def test_selection_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

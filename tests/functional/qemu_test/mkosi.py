@@ -358,8 +358,11 @@ class MkosiAsset(Asset):
         if found.override is not None:
             return (f'{problem} (hashes from {found.override}); run '
                     f'{build} --local, or unset QEMU_TEST_MKOSI_OVERRIDE')
+        if found.target.not_locked is not None:
+            # The registry's reason says what to run
+            return problem
         if not found.target.built:
-            return f'{problem}; see scripts/mkosi-build.py --list'
+            return f'{problem}; run {build} --update'
         return (f'{problem}; run {build}, '
                 'or set QEMU_TEST_BUILD_IMAGES=1 to have it built')
 
