@@ -90,9 +90,13 @@ def _known(repodata: Path, tree: Path) -> Dict[str, Tuple[str, str]]:
     By its SHA-256, name, version and architecture of a package, and where
     the repository has it.
     '''
-    [path] = repodata.glob('*primary.xml*')
+    # There may be others, in forms for other programs
+    location = ET.parse(repodata / 'repomd.xml').find(
+        f'{REPO}data[@type="primary"]/{REPO}location')
+    assert location is not None, 'dnf has read it'
     # In whatever way it is compressed
-    _run(tree, ['zstd', '-dqf', '-o', 'primary', path.name], repodata)
+    _run(tree, ['zstd', '-dqf', '-o', 'primary',
+                Path(location.attrib['href']).name], repodata)
     known = {}
     for _, element in ET.iterparse(repodata / 'primary'):
         if element.tag == f'{COMMON}package':
