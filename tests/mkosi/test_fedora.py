@@ -21,7 +21,8 @@ import pytest
 import yaml
 
 from fixtures_fedora import IMAGE, FedoraProject, Mirror, make
-from mkosi_build import lock as locks, registry as registries, repository
+from mkosi_build import lock as locks, registry as registries
+from mkosi_build import repository as repositories
 from mkosi_build.cache import Cache
 from mkosi_build.lock import Lock, Package
 from mkosi_build.report import Report
@@ -149,8 +150,8 @@ def test_repository(recorded: FedoraProject, fedora_tools: Path,
     found = []
     for name, packages in (('1', small), ('2', small[::-1])):
         (tmp_path / name).mkdir()
-        repository.make(replace(lock, packages=packages), store,
-                        tmp_path / name, fedora_tools)
+        repositories.make(replace(lock, packages=packages), store,
+                          tmp_path / name, fedora_tools)
         found.append({
             path.name: path.read_bytes()
             for path in (tmp_path / name / 'repodata').iterdir()})
