@@ -33,10 +33,13 @@ ENVIRONMENT = {
 
 # mkosi's own words: its steps, and at the very end, why it failed
 SPOKEN = re.compile(r'^‣ \S')
-# Lines of a log that say why something failed: apt's, dpkg's and mkosi's
+# Lines of a log that say why something failed: apt's, dpkg's, dnf's and
+# mkosi's
 TELLING = re.compile(r'^(E: |dpkg: error)|[Ee]rror\b|not found'
                      r'|[Nn]o space left|unmet dependencies|Depends:'
-                     r'|no installation candidate|Failed|refus')
+                     r'|no installation candidate|Failed|refus'
+                     r'|nothing provides|is not signed|^Public key for'
+                     r'|^Problem opening package|Cannot download')
 
 
 def run(command: Sequence[str], env: Optional[Mapping[str, str]] = None,

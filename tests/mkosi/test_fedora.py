@@ -335,11 +335,8 @@ def test_moved(variant: Path, locked: FedoraProject, mirror: Mirror) -> None:
 def test_outside(locked: FedoraProject) -> None:
     '''A build has the packages of the lock, and no network for others.'''
     relock(locked, without='hwdata')
-    said = locked.bad(6, '--local')
-    assert 'returned non-zero exit code 1' in said
-    log = locked.cache / f'log/{IMAGE}-x86_64.log'
     assert ('nothing provides hwdata needed by pciutils-3.14.0-2.fc44'
-            in log.read_text())
+            in locked.bad(6, '--local'))
 
 
 def test_unsigned_in_the_lock(variant: Path, fedora: Fedora, mirror: Mirror,
@@ -352,7 +349,9 @@ def test_unsigned_in_the_lock(variant: Path, fedora: Fedora, mirror: Mirror,
     data = path.read_bytes()
     relock(locked, replace(old, size=len(data),
                            sha256=hashlib.sha256(data).hexdigest()))
-    assert 'GPG check FAILED' in locked.bad(6, '--local')
+    said = locked.bad(6, '--local')
+    assert 'basesystem-11-24.fc44.noarch.rpm is not signed' in said
+    assert 'GPG check FAILED' in said
 
 
 def test_no_package(variant: Path, mirror: Mirror,
