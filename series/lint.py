@@ -35,13 +35,21 @@ def _passes(title: str, command: List[str], cwd: Path = ROOT,
                           check=False).returncode == 0
 
 
+def _scripts() -> List[str]:
+    '''The scripts of definitions that are Python; no name says so.'''
+    return [str(path.relative_to(ROOT)) for path in sorted(
+        (ROOT / 'tests/functional/mkosi').glob('*/mkosi.*.d/*'))
+        if path.read_bytes().startswith(b'#!/usr/bin/env python3\n')]
+
+
 def _lint_here() -> bool:
-    paths = [path for path in HERE if (ROOT / path).exists()]
+    paths = [path for path in HERE if (ROOT / path).exists()] + _scripts()
     env = {'PYTHONPATH': str(ROOT / 'scripts'),
            'MYPYPATH': str(ROOT / 'scripts')}
     results = [
         _passes('flake8', _tool('flake8', *paths)),
-        _passes('mypy', _tool('mypy', '--strict', *paths), env=env),
+        _passes('mypy', _tool('mypy', '--strict', '--scripts-are-modules',
+                              *paths), env=env),
         _passes('pylint', _tool('pylint', '--score=n', *paths), env=env)]
     return all(results)
 
