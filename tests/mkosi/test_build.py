@@ -506,7 +506,7 @@ def test_store_file_damaged(project: Project, debian: Debian) -> None:
     victim = project.cache / 'store' / debian.packages['mini-lib'].sha256
     flip(victim)
     result = project.good('--json')
-    assert 'fetching mini: 1 packages, 0.0 MB' in [
+    assert 'fetching mini-x86_64: 1 packages, 0.0 MB' in [
         e['text'] for e in project.events(result.stdout)]
 
 
