@@ -63,7 +63,8 @@ def version(text: str) -> Tuple[int, ...]:
     return tuple(map(int, re.findall(r'\d+', text)))
 
 
-def _edit(where: str, raw: Mapping[str, Any]) -> Edit:
+def _edit(where: str, layout: Optional[str],
+          raw: Mapping[str, Any]) -> Edit:
     places = [place for place in PLACES if place in raw]
     unknown = set(raw) - {'file', 'match', 'count', 'layout', 'since',
                           *PLACES}
@@ -71,12 +72,13 @@ def _edit(where: str, raw: Mapping[str, Any]) -> Edit:
         raise SeriesError(
             f'{where}: an edit has file, match and one of '
             f'{", ".join(PLACES)}; found {", ".join(map(str, raw))}')
-    if raw.get('layout') not in (None, *LAYOUTS):
+    layout = raw.get('layout', layout)
+    if layout not in (None, *LAYOUTS):
         raise SeriesError(f'{where}: layout is one of {", ".join(LAYOUTS)}; '
-                          f'found {raw["layout"]}')
+                          f'found {layout}')
     return Edit(file=raw['file'], pattern=raw['match'], place=places[0],
                 text=raw[places[0]], count=raw.get('count', 1),
-                layout=raw.get('layout'),
+                layout=layout,
                 since=version(str(raw.get('since', ''))))
 
 
@@ -84,7 +86,8 @@ def load(path: Path = EDITS) -> List[Patch]:
     '''Read the patches of @path.  Raises SeriesError on a malformed edit.'''
     raw = yaml.safe_load(path.read_text(encoding='utf-8'))
     return [Patch(patch['subject'],
-                  tuple(_edit(f'{path.name}: {patch["subject"]}', edit)
+                  tuple(_edit(f'{path.name}: {patch["subject"]}',
+                              patch.get('layout'), edit)
                         for edit in patch['edits']),
                   private=patch.get('private', False))
             for patch in raw['patches']]

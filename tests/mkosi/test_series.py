@@ -108,6 +108,18 @@ def test_malformed_edit(tmp_path: Path, edit: str) -> None:
         edits.load(path)
 
 
+def test_layout_of_a_patch(tmp_path: Path) -> None:
+    '''It is that of its edits, but for those that have one.'''
+    path = tmp_path / 'edits.yaml'
+    path.write_text(
+        'patches:\n  - subject: s\n    layout: folders\n    edits:\n'
+        '      - {file: a, match: b, after: c}\n'
+        '      - {file: a, match: b, after: c, layout: flat}\n',
+        encoding='utf-8')
+    assert [edit.layout for edit in edits.load(path)[0].edits] \
+        == ['folders', 'flat']
+
+
 def test_our_edits_are_well_formed() -> None:
     '''The committed file loads, and only QEMU's files are edited.'''
     patches = edits.load()
