@@ -566,14 +566,21 @@ needs_emulator = pytest.mark.skipif(
 @needs_emulator
 def test_probe_runs_code() -> None:
     '''The probe tells an accelerator that works from one that does not.'''
-    assert kvm.runs_code('qemu-system-x86_64', 'tcg')
-    assert not kvm.runs_code('qemu-system-x86_64', 'no-such-accelerator')
+    assert kvm.probe.runs_code('qemu-system-x86_64', 'tcg')
+    assert not kvm.probe.runs_code('qemu-system-x86_64', 'no-such-accelerator')
+
+
+def test_kvm_of_another_architecture() -> None:
+    '''KVM is for guests of the host's own, and needs an emulator.'''
+    assert not kvm.probe.kvm_works('/nowhere/qemu-system-vax')
+    assert not kvm.works(None)
+    assert not kvm.works('/nowhere/qemu-system-x86_64')
 
 
 def test_boot_sector_is_bootable() -> None:
     '''One sector with the signature that firmware looks for.'''
-    assert len(kvm.boot_sector()) == 512
-    assert kvm.boot_sector().endswith(b'\x55\xaa')
+    assert len(kvm.probe.boot_sector()) == 512
+    assert kvm.probe.boot_sector().endswith(b'\x55\xaa')
 
 
 def test_masked_node_is_refused(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from typing import (
 
 from .asset import Asset, AssetError
 from .cmd import exec_command
+from .kvm import kvm_works
 from .linuxkernel import LinuxKernelTest
 from .mkosi_verified import problem_of, sha256_of, write_atomically
 from .uefi import PACKAGES, Uefi, find_uefi, machine_type
@@ -590,6 +591,16 @@ class MkosiTest(LinuxKernelTest):
         self.vm.launch()
         if wait:
             self.wait_for_shell()
+
+    def best_accelerator(self) -> str:
+        '''
+        The accelerator for -accel: kvm where it runs code, or else tcg.
+        Skips the test if the emulator has neither
+        '''
+        if kvm_works(str(self.qemu_bin)):
+            return 'kvm'
+        self.require_accelerator('tcg')
+        return 'tcg'
 
     def _fetch(self, image: MkosiAsset) -> str:
         # Skips the test, as setUp() does for images of the class itself
