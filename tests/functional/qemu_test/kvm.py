@@ -14,7 +14,7 @@ from functools import lru_cache
 
 
 NODE = '/dev/kvm'
-LIMIT = 5       # seconds; a working KVM needs a few tenths
+LIMIT = 2       # seconds; a working KVM needs a few tenths, as TCG does
 EXIT_PORT = 0xf4
 EXIT_VALUE = 0x10
 
