@@ -592,6 +592,13 @@ class MkosiTest(LinuxKernelTest):
         if wait:
             self.wait_for_shell()
 
+    def firmware(self) -> str:
+        '''
+        UEFI firmware for -bios, for the machine that the test has set.
+        Skips the test where there is none
+        '''
+        return str(self._uefi(str(self.arch)).code)
+
     def best_accelerator(self) -> str:
         '''
         The accelerator for -accel: kvm where it runs code, or else tcg.
