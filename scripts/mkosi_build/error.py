@@ -58,3 +58,11 @@ class MkosiError(BuildError):
 class MismatchError(BuildError):
     '''The bytes differ from those that the registry names'''
     exit_code = 7
+
+
+class RegistryError(InputError):
+    '''The registry is wrong, or lacks what was asked for'''
+
+
+class YAMLMissingError(HostError, ModuleNotFoundError):
+    '''PyYAML is not installed'''

@@ -8,26 +8,39 @@ returns is complete and valid; everything else is a RegistryError that
 gives file, line and image.
 '''
 
-import difflib
 import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import (
-    Any,
-    Callable,
     Dict,
     Iterable,
     Iterator,
     List,
     Mapping,
-    NoReturn,
     Optional,
     Tuple,
-    TypeVar,
 )
 
-from .error import HostError, InputError
+from .error import RegistryError
+from .nodes import (
+    MAX_BYTES,
+    MAX_LENGTH,
+    NUMBER,
+    STRING,
+    Node,
+    Place,
+    Read,
+    T,
+    compose,
+    fields,
+    items,
+    listed,
+    mapping,
+    reads,
+    shown,
+    suggestion,
+)
 
 
 DEFAULT = (Path(__file__).resolve().parents[2]
@@ -45,11 +58,6 @@ FORMATS: Mapping[str, Tuple[str, ...]] = {
     'disk': ('qcow2',),
 }
 
-# Bounds that no honest registry reaches, so that a broken one ends at once
-_MAX_BYTES = 1 << 20
-_MAX_DEPTH = 16
-_MAX_LENGTH = 200
-
 _NAME = re.compile(r'[a-z0-9][a-z0-9._-]*')
 _FILE = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]*')
 _HASH = re.compile(r'[0-9a-f]{64}')
@@ -61,16 +69,6 @@ _LINE = re.compile(r'[ -~]*[!-~][ -~]*')
 _STORE = re.compile(r'(https?|file)://[A-Za-z0-9._~:/%@+-]+')
 _MIRROR = re.compile(
     r'(https?|file)://([A-Za-z0-9._~:/%@+-]|\{arch\})+')
-# YAML takes more characters for the end of a line than an editor does
-_ODD_ENDS = re.compile('[\r\x85\u2028\u2029\ufeff]')
-
-
-class RegistryError(InputError):
-    '''The registry is wrong, or lacks what was asked for'''
-
-
-class YAMLMissingError(HostError, ModuleNotFoundError):
-    '''PyYAML is not installed'''
 
 
 @dataclass(frozen=True)
@@ -149,7 +147,7 @@ class Image:
         except KeyError:
             raise RegistryError(
                 f"In image '{self.name}': no architecture '{arch}', "
-                f'there are: {_listed(self.targets)}') from None
+                f'there are: {listed(self.targets)}') from None
 
 
 @dataclass(frozen=True)
@@ -170,7 +168,7 @@ class Registry:
         except KeyError:
             raise RegistryError(
                 f"{self.path.name}: unknown image '{name}', "
-                + _suggestion(name, self.images)) from None
+                + suggestion(name, self.images)) from None
 
 
 def load(path: Path) -> Registry:
@@ -188,7 +186,7 @@ def load(path: Path) -> Registry:
             known = _loaded.get(path)
             if known is not None and known[0] == version:
                 return known[1]
-            data = file.read(_MAX_BYTES + 1)
+            data = file.read(MAX_BYTES + 1)
     except OSError as e:
         raise RegistryError(f'{path}: cannot be read: {e.strerror}') from e
 
@@ -245,8 +243,8 @@ def _with_hashes(target: Target, identity: str,
                  artefacts: Mapping[str, Tuple[str, int]]) -> Target:
     if set(artefacts) != set(target.artefacts):
         raise RegistryError(
-            f'hashes given for: {_listed(artefacts)}; '
-            f'expected for: {_listed(target.artefacts)}')
+            f'hashes given for: {listed(artefacts)}; '
+            f'expected for: {listed(target.artefacts)}')
     return replace(target, identity=identity, not_locked=None, artefacts={
         kind: replace(artefact, sha256=artefacts[kind][0],
                       size=artefacts[kind][1])
@@ -255,7 +253,7 @@ def _with_hashes(target: Target, identity: str,
 
 def _edits(text: str, image: str,
            wanted: Target) -> Iterator[Tuple[int, int, str]]:
-    root = _compose(text, _Place('registry.yaml'))
+    root = compose(text, Place('registry.yaml'))
     node = root.pairs['images'].pairs[image]
     node = node.pairs['architectures'].pairs[wanted.arch]
 
@@ -276,11 +274,11 @@ def _edits(text: str, image: str,
             yield _inserted(text, there, list(values.items()))
 
 
-def _replaced(node: '_Node', value: str) -> Tuple[int, int, str]:
+def _replaced(node: 'Node', value: str) -> Tuple[int, int, str]:
     return node.start, node.end, value
 
 
-def _removed(text: str, node: '_Node') -> Tuple[int, int, str]:
+def _removed(text: str, node: 'Node') -> Tuple[int, int, str]:
     '''From its key to the end of the last line of its value'''
     start = text.rfind('\n', 0, node.key_start) + 1
     # A value of several lines ends where the next key begins
@@ -288,7 +286,7 @@ def _removed(text: str, node: '_Node') -> Tuple[int, int, str]:
     return start, len(text) if end < 0 else end + 1, ''
 
 
-def _inserted(text: str, node: '_Node',
+def _inserted(text: str, node: 'Node',
               values: List[Tuple[str, str]]) -> Tuple[int, int, str]:
     '''
     Into a mapping of scalars behind its last line, into a mapping of
@@ -310,285 +308,31 @@ def _inserted(text: str, node: '_Node',
 
 
 def _parse(path: Path, text: str) -> Registry:
-    place = _Place(path.name)
-    root = _compose(text, place)
+    place = Place(path.name)
+    root = compose(text, place)
     return _read_registry(path, root, place)
-
-
-# -- Places and messages ----------------------------------------------------
-
-@dataclass(frozen=True)
-class _Place:
-    '''Where in the registry a value stands; travels with it into errors'''
-    file: str
-    line: Optional[int] = None
-    image: Optional[str] = None
-    arch: Optional[str] = None
-
-    def error(self, what: str) -> RegistryError:
-        '''The error to raise for a value at this place'''
-        where = self.file if self.line is None else f'{self.file}:{self.line}'
-        if self.image is not None:
-            where += f": In image '{self.image}'"
-            if self.arch is not None:
-                where += f", architecture '{self.arch}'"
-        return RegistryError(f'{where}: {what}')
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ', '.join(names) or 'none'
-
-
-def _suggestion(name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=2)
-    if near:
-        return 'did you mean ' + ' or '.join(f"'{n}'" for n in near) + '?'
-    return f'expected one of: {_listed(known)}'
-
-
-def _shown(text: str) -> str:
-    '''A value from the file as it goes into a message'''
-    return repr(text if len(text) <= 80 else text[:77] + '...')
-
-
-# -- From text to nodes -----------------------------------------------------
-
-@dataclass
-class _Node:  # pylint: disable=too-many-instance-attributes
-    '''
-    A value of the YAML text. @start and @end are offsets into the text,
-    @line (from 1) and @key_start are those of its key if it has one.
-    '''
-    kind: str                       # mapping, sequence, scalar
-    line: int
-    start: int
-    end: int
-    pairs: Dict[str, '_Node']
-    items: List['_Node']
-    text: str = ''
-    type: str = ''                  # of a scalar, in words: a string...
-    flow: bool = False
-    key_start: int = 0
-    one_line: bool = True
-
-    def __str__(self) -> str:
-        if self.kind == 'mapping':
-            return 'a mapping'
-        if self.kind == 'sequence':
-            return 'a list'
-        return f'{self.type} {_shown(self.text)}'
-
-
-_TYPES = {
-    'tag:yaml.org,2002:str': 'the string',
-    'tag:yaml.org,2002:int': 'the number',
-    'tag:yaml.org,2002:float': 'the number',
-    'tag:yaml.org,2002:bool': 'the boolean',
-    'tag:yaml.org,2002:null': 'the empty value',
-    'tag:yaml.org,2002:timestamp': 'the date',
-}
-
-
-class _Composer:
-    '''
-    Makes nodes of PyYAML's events, and refuses whatever a registry has no
-    use for: several documents, tags, anchors, aliases, duplicate keys
-    '''
-    def __init__(self, yaml: Any, text: str, place: _Place) -> None:
-        self.yaml = yaml
-        self.place = place
-        self.depth = 0
-        # The same in C is ten times as fast
-        self.loader = getattr(yaml, 'CSafeLoader', yaml.SafeLoader)(text)
-
-    def fail(self, line: int, what: str) -> NoReturn:
-        '''Raise the error for a line of the file'''
-        raise replace(self.place, line=line).error(what)
-
-    def document(self) -> _Node:
-        '''Returns the root of the only document'''
-        try:
-            self.loader.get_event()
-            if self.loader.check_event(self.yaml.StreamEndEvent):
-                self.fail(1, 'the file is empty')
-            self.loader.get_event()
-            root = self.node()
-            self.loader.get_event()
-            if not self.loader.check_event(self.yaml.StreamEndEvent):
-                line = self.loader.peek_event().start_mark.line + 1
-                self.fail(line, 'a second document, expected only one')
-            return root
-        finally:
-            self.loader.dispose()
-
-    def node(self) -> _Node:
-        '''Returns the next node and all that is in it'''
-        event = self.loader.get_event()
-        line = event.start_mark.line + 1
-        if isinstance(event, self.yaml.AliasEvent):
-            self.fail(line, f"alias '*{event.anchor}' is not allowed")
-        if event.anchor is not None:
-            self.fail(line, f"anchor '&{event.anchor}' is not allowed")
-        if event.tag is not None:
-            self.fail(line, f"tag '{event.tag}' is not allowed")
-
-        node = _Node('scalar', line, event.start_mark.index,
-                     event.end_mark.index, {}, [])
-        if isinstance(event, self.yaml.ScalarEvent):
-            self.scalar(node, event)
-            return node
-        self.depth += 1
-        if self.depth > _MAX_DEPTH:
-            self.fail(line, f'more than {_MAX_DEPTH} levels deep')
-        node.flow = bool(event.flow_style)
-        if isinstance(event, self.yaml.MappingStartEvent):
-            self.mapping(node)
-        else:
-            self.sequence(node)
-        self.loader.get_event()
-        self.depth -= 1
-        return node
-
-    def scalar(self, node: _Node, event: Any) -> None:
-        '''Fill in a scalar'''
-        tag = self.loader.resolve(self.yaml.ScalarNode, event.value,
-                                  event.implicit)
-        node.text = event.value
-        node.type = _TYPES.get(tag, 'the special value')
-        node.one_line = event.start_mark.line == event.end_mark.line
-
-    def mapping(self, node: _Node) -> None:
-        '''Fill in a mapping'''
-        node.kind = 'mapping'
-        while not self.loader.check_event(self.yaml.MappingEndEvent):
-            key = self.node()
-            if key.type != 'the string':
-                self.fail(key.line, f'expected a string as key, found {key}')
-            if key.text in node.pairs:
-                first = node.pairs[key.text].line
-                self.fail(key.line, f'duplicate key {_shown(key.text)}, '
-                                    f'first in line {first}')
-            value = self.node()
-            value.line = key.line
-            value.key_start = key.start
-            node.pairs[key.text] = value
-
-    def sequence(self, node: _Node) -> None:
-        '''Fill in a list'''
-        node.kind = 'sequence'
-        while not self.loader.check_event(self.yaml.SequenceEndEvent):
-            node.items.append(self.node())
-
-
-def _compose(text: str, place: _Place) -> _Node:
-    try:
-        import yaml  # pylint: disable=import-outside-toplevel
-    except ModuleNotFoundError as e:
-        raise YAMLMissingError(
-            'the Python module yaml (PyYAML) is not installed',
-            next_step='install it: apt install python3-yaml, '
-                      'or pip install pyyaml') from e
-
-    if len(text) > _MAX_BYTES:
-        raise place.error(f'larger than {_MAX_BYTES} bytes')
-    odd = _ODD_ENDS.search(text)
-    if odd is not None:
-        line = text.count('\n', 0, odd.start()) + 1
-        raise replace(place, line=line).error(
-            f'character U+{ord(odd.group()):04X}, '
-            'expected lines that end in LF alone')
-    try:
-        return _Composer(yaml, text, place).document()
-    except yaml.MarkedYAMLError as e:
-        mark = e.problem_mark or e.context_mark
-        if mark is not None:
-            place = replace(place, line=mark.line + 1)
-        raise place.error(
-            f'not valid YAML: {e.problem or e.context}') from e
-    except (yaml.YAMLError, UnicodeError) as e:
-        raise place.error(f'not valid YAML: {e}') from e
 
 
 # -- From nodes to the registry ---------------------------------------------
 
-_T = TypeVar('_T')
-_Read = Callable[[_Node, _Place], _T]
-
-
-def _fields(node: _Node, place: _Place, required: Tuple[str, ...],
-            optional: Tuple[str, ...] = ()) -> Dict[str, _Node]:
-    '''The values of a mapping whose keys are known beforehand'''
-    pairs = _mapping(node, place)
-    for key, value in pairs.items():
-        if key not in required + optional:
-            raise replace(place, line=value.line).error(
-                f'unknown key {_shown(key)}, '
-                + _suggestion(key, required + optional))
-    for key in required:
-        if key not in pairs:
-            raise replace(place, line=node.line).error(
-                f"missing key '{key}'")
-    return pairs
-
-
-def _mapping(node: _Node, place: _Place) -> Dict[str, _Node]:
-    if node.kind != 'mapping':
-        raise replace(place, line=node.line).error(
-            f'expected a mapping, found {node}')
-    return node.pairs
-
-
-def _items(node: _Node, place: _Place, read: _Read[_T]) -> Tuple[_T, ...]:
-    if node.kind != 'sequence':
-        raise replace(place, line=node.line).error(
-            f'expected a list, found {node}')
-    return tuple(read(item, place) for item in node.items)
-
-
-def _scalar(node: _Node, place: _Place, types: Tuple[str, ...],
-            pattern: 're.Pattern[str]', expected: str) -> str:
-    '''The text of a scalar, which is on one line and matches @pattern'''
-    if (node.kind != 'scalar' or node.type not in types
-            or not pattern.fullmatch(node.text)
-            or len(node.text) > _MAX_LENGTH):
-        raise replace(place, line=node.line).error(
-            f'expected {expected}, found {node}')
-    if not node.one_line:
-        raise replace(place, line=node.line).error(
-            f'expected {expected} on one line')
-    return node.text
-
-
-_STRING = ('the string',)
-_NUMBER = ('the number',)
-
-
-def _reads(types: Tuple[str, ...], pattern: 're.Pattern[str]',
-           expected: str) -> _Read[str]:
-    def read(node: _Node, place: _Place) -> str:
-        return _scalar(node, place, types, pattern, expected)
-    return read
-
-
-_read_name = _reads(_STRING, _NAME,
-                    'a name (a-z, 0-9, dot, dash, underscore)')
-_read_file = _reads(_STRING, _FILE,
-                    'a name (A-Z, a-z, 0-9, dot, dash, underscore)')
+_read_name = reads(STRING, _NAME,
+                   'a name (a-z, 0-9, dot, dash, underscore)')
+_read_file = reads(STRING, _FILE,
+                   'a name (A-Z, a-z, 0-9, dot, dash, underscore)')
 # A hash of digits alone is a number to YAML
-_read_hash = _reads(_STRING + _NUMBER, _HASH, '64 lower-case hex digits')
-_read_device = _reads(_STRING, _DEVICE, 'the name of a device')
-_read_argument = _reads(_STRING, _ARGUMENT,
-                        'one argument, without white space')
-_read_line = _reads(_STRING, _LINE, 'a line of printable ASCII')
-_read_url = _reads(_STRING, _STORE, 'an http, https or file URL')
-_read_mirror = _reads(_STRING, _MIRROR, 'an http, https or file URL, in which '
-                      '{arch} stands for the architecture')
-_read_digits = _reads(_NUMBER, _INTEGER, 'a positive whole number')
-_read_ratio = _reads(_NUMBER, _RATIO, 'a positive number')
+_read_hash = reads(STRING + NUMBER, _HASH, '64 lower-case hex digits')
+_read_device = reads(STRING, _DEVICE, 'the name of a device')
+_read_argument = reads(STRING, _ARGUMENT,
+                       'one argument, without white space')
+_read_line = reads(STRING, _LINE, 'a line of printable ASCII')
+_read_url = reads(STRING, _STORE, 'an http, https or file URL')
+_read_mirror = reads(STRING, _MIRROR, 'an http, https or file URL, in which '
+                     '{arch} stands for the architecture')
+_read_digits = reads(NUMBER, _INTEGER, 'a positive whole number')
+_read_ratio = reads(NUMBER, _RATIO, 'a positive number')
 
 
-def _read_text(node: _Node, place: _Place) -> str:
+def _read_text(node: Node, place: Place) -> str:
     '''Free text, which may go over several lines'''
     text = ' '.join(node.text.split())
     if node.kind != 'scalar' or node.type != 'the string' or not text:
@@ -597,11 +341,11 @@ def _read_text(node: _Node, place: _Place) -> str:
     return text
 
 
-def _read_size(node: _Node, place: _Place) -> int:
+def _read_size(node: Node, place: Place) -> int:
     return int(_read_digits(node, place))
 
 
-def _read_positive(node: _Node, place: _Place) -> float:
+def _read_positive(node: Node, place: Place) -> float:
     ratio = float(_read_ratio(node, place))
     if ratio <= 0:
         raise replace(place, line=node.line).error(
@@ -609,61 +353,61 @@ def _read_positive(node: _Node, place: _Place) -> float:
     return ratio
 
 
-def _read_choice(node: _Node, place: _Place, known: Iterable[str],
+def _read_choice(node: Node, place: Place, known: Iterable[str],
                  what: str) -> str:
     if node.kind != 'scalar' or node.text not in known:
         raise replace(place, line=node.line).error(
-            f'unknown {what} {_shown(node.text)}, '
-            + _suggestion(node.text, known)
+            f'unknown {what} {shown(node.text)}, '
+            + suggestion(node.text, known)
             if node.kind == 'scalar' else
             f'expected a {what}, found {node}')
     return node.text
 
 
-def _read_registry(path: Path, root: _Node, place: _Place) -> Registry:
+def _read_registry(path: Path, root: Node, place: Place) -> Registry:
     if root.kind != 'mapping':
         raise replace(place, line=root.line).error(
             f'expected a mapping, found {root}')
     # The version first: another one may well have other keys
     schema = root.pairs.get('schema')
-    if schema is not None and (schema.type not in _NUMBER
+    if schema is not None and (schema.type not in NUMBER
                                or schema.text != str(SCHEMA)):
         raise replace(place, line=schema.line).error(
             f'expected schema {SCHEMA}, found {schema}')
-    pairs = _fields(root, place, ('schema', 'images'), ('stores',))
+    pairs = fields(root, place, ('schema', 'images'), ('stores',))
 
     stores = _read_urls(pairs, 'stores', place, _read_url)
     images = {}
-    for name, node in _mapping(pairs['images'], place).items():
+    for name, node in mapping(pairs['images'], place).items():
         _check_key(name, node, place)
         images[name] = _read_image(name, node, replace(place, image=name))
     return Registry(path, stores, images)
 
 
-def _read_urls(pairs: Dict[str, _Node], key: str, place: _Place,
-               read: _Read[str]) -> Tuple[str, ...]:
+def _read_urls(pairs: Dict[str, Node], key: str, place: Place,
+               read: Read[str]) -> Tuple[str, ...]:
     if key not in pairs:
         return ()
-    return tuple(url.rstrip('/') for url in _items(pairs[key], place, read))
+    return tuple(url.rstrip('/') for url in items(pairs[key], place, read))
 
 
-def _check_key(name: str, node: _Node, place: _Place) -> None:
-    if not _NAME.fullmatch(name) or len(name) > _MAX_LENGTH:
+def _check_key(name: str, node: Node, place: Place) -> None:
+    if not _NAME.fullmatch(name) or len(name) > MAX_LENGTH:
         raise replace(place, line=node.line).error(
             'expected a name (a-z, 0-9, dot, dash, underscore), '
-            f'found {_shown(name)}')
+            f'found {shown(name)}')
 
 
-def _read_image(name: str, node: _Node, place: _Place) -> Image:
-    pairs = _fields(node, place, ('description', 'definition',
-                                  'distribution', 'release',
-                                  'architectures'), ('mirrors',))
+def _read_image(name: str, node: Node, place: Place) -> Image:
+    pairs = fields(node, place, ('description', 'definition',
+                                 'distribution', 'release',
+                                 'architectures'), ('mirrors',))
     targets = {}
-    for arch, value in _mapping(pairs['architectures'], place).items():
+    for arch, value in mapping(pairs['architectures'], place).items():
         if arch not in ARCHITECTURES:
             raise replace(place, line=value.line).error(
-                f'unknown architecture {_shown(arch)}, '
-                + _suggestion(arch, ARCHITECTURES))
+                f'unknown architecture {shown(arch)}, '
+                + suggestion(arch, ARCHITECTURES))
         targets[arch] = _read_target(arch, value, replace(place, arch=arch))
     if not targets:
         raise replace(place, line=pairs['architectures'].line).error(
@@ -677,9 +421,9 @@ def _read_image(name: str, node: _Node, place: _Place) -> Image:
                  mirrors=_read_urls(pairs, 'mirrors', place, _read_mirror))
 
 
-def _read_target(arch: str, node: _Node, place: _Place) -> Target:
-    pairs = _fields(node, place, ('artefacts', 'boot', 'budget'),
-                    ('identity', 'not-locked'))
+def _read_target(arch: str, node: Node, place: Place) -> Target:
+    pairs = fields(node, place, ('artefacts', 'boot', 'budget'),
+                   ('identity', 'not-locked'))
     target = Target(
         arch=arch,
         identity=_optional(pairs, 'identity', place, _read_hash),
@@ -691,12 +435,12 @@ def _read_target(arch: str, node: _Node, place: _Place) -> Target:
     return target
 
 
-def _optional(pairs: Dict[str, _Node], key: str, place: _Place,
-              read: _Read[_T]) -> Optional[_T]:
+def _optional(pairs: Dict[str, Node], key: str, place: Place,
+              read: Read[T]) -> Optional[T]:
     return read(pairs[key], place) if key in pairs else None
 
 
-def _check_hashes(target: Target, node: _Node, place: _Place) -> None:
+def _check_hashes(target: Target, node: Node, place: Place) -> None:
     '''Hashes are there for everything or for nothing'''
     hashed = [a.kind for a in target.artefacts.values() if a.sha256]
     problem = None
@@ -704,8 +448,8 @@ def _check_hashes(target: Target, node: _Node, place: _Place) -> None:
         problem = "hashes together with 'not-locked', expected one of them"
     elif hashed and len(hashed) < len(target.artefacts):
         lacking = [kind for kind in target.artefacts if kind not in hashed]
-        problem = (f'hashes for {_listed(hashed)} but not for '
-                   f'{_listed(lacking)}, expected all or none')
+        problem = (f'hashes for {listed(hashed)} but not for '
+                   f'{listed(lacking)}, expected all or none')
     elif hashed and not target.built:
         problem = "hashes without the key 'identity'"
     elif target.built and not hashed:
@@ -714,9 +458,9 @@ def _check_hashes(target: Target, node: _Node, place: _Place) -> None:
         raise replace(place, line=node.line).error(problem)
 
 
-def _read_artefacts(node: _Node, place: _Place) -> Dict[str, Artefact]:
+def _read_artefacts(node: Node, place: Place) -> Dict[str, Artefact]:
     artefacts: Dict[str, Artefact] = {}
-    for kind, value in _fields(node, place, tuple(FORMATS)).items():
+    for kind, value in fields(node, place, tuple(FORMATS)).items():
         artefact = _read_artefact(kind, value, place)
         for other in artefacts.values():
             if other.file == artefact.file:
@@ -727,8 +471,8 @@ def _read_artefacts(node: _Node, place: _Place) -> Dict[str, Artefact]:
     return artefacts
 
 
-def _read_artefact(kind: str, node: _Node, place: _Place) -> Artefact:
-    pairs = _fields(node, place, ('file', 'format'), ('size', 'sha256'))
+def _read_artefact(kind: str, node: Node, place: Place) -> Artefact:
+    pairs = fields(node, place, ('file', 'format'), ('size', 'sha256'))
     if ('size' in pairs) != ('sha256' in pairs):
         there, lacking = (('size', 'sha256') if 'size' in pairs
                           else ('sha256', 'size'))
@@ -744,22 +488,22 @@ def _read_artefact(kind: str, node: _Node, place: _Place) -> Artefact:
         size=_optional(pairs, 'size', place, _read_size))
 
 
-def _read_boot(node: _Node, place: _Place) -> Boot:
-    pairs = _fields(node, place, ('console', 'cmdline', 'disk-cmdline',
-                                  'disk-device', 'ready', 'prompt'))
+def _read_boot(node: Node, place: Place) -> Boot:
+    pairs = fields(node, place, ('console', 'cmdline', 'disk-cmdline',
+                                 'disk-device', 'ready', 'prompt'))
     return Boot(
         console=_read_device(pairs['console'], place),
-        cmdline=_items(pairs['cmdline'], place, _read_argument),
-        disk_cmdline=_items(pairs['disk-cmdline'], place, _read_argument),
+        cmdline=items(pairs['cmdline'], place, _read_argument),
+        disk_cmdline=items(pairs['disk-cmdline'], place, _read_argument),
         disk_device=_read_device(pairs['disk-device'], place),
         ready=_read_line(pairs['ready'], place),
         prompt=_read_line(pairs['prompt'], place))
 
 
-def _read_budget(node: _Node, place: _Place) -> Budget:
-    pairs = _fields(node, place, ('kernel-initrd-bytes', 'disk-bytes',
-                                  'packages', 'initrd-boot-ratio',
-                                  'disk-boot-ratio'))
+def _read_budget(node: Node, place: Place) -> Budget:
+    pairs = fields(node, place, ('kernel-initrd-bytes', 'disk-bytes',
+                                 'packages', 'initrd-boot-ratio',
+                                 'disk-boot-ratio'))
     return Budget(
         kernel_initrd_bytes=_read_size(pairs['kernel-initrd-bytes'], place),
         disk_bytes=_read_size(pairs['disk-bytes'], place),

@@ -13,8 +13,7 @@ import pytest
 import yaml
 
 from mkosi_build import registry
-from mkosi_build.error import InputError
-from mkosi_build.registry import RegistryError
+from mkosi_build.error import InputError, RegistryError
 
 
 ONE, TWO, THREE, FOUR = ('1' * 64, 'b' * 64, 'c' * 64, 'd' * 64)

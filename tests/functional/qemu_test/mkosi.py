@@ -63,13 +63,16 @@ CACHE_ERRORS = (errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.ENOTDIR,
                 errno.EPERM, errno.EROFS)
 
 
-def _import_registry() -> Any:
-    '''The builder's module, imported late: most tests have no need of it'''
+def _import_registry() -> Tuple[Any, Any]:
+    '''
+    The builder's registry and its errors, imported late: most tests have
+    no need of them
+    '''
     scripts = str(ROOT / 'scripts')
     if scripts not in sys.path:
         sys.path.append(scripts)
-    from mkosi_build import registry
-    return registry
+    from mkosi_build import error, registry
+    return registry, error
 
 
 class _Unusable(Exception):
@@ -253,7 +256,7 @@ class MkosiAsset(Asset):
         if self._arch is not None:
             return self._arch, True
 
-        known = _import_registry().ARCHITECTURES
+        known = _import_registry()[0].ARCHITECTURES
         places: Dict[str, str] = {}
         for path in self._declared_in:
             arch = _arch_of_test(path, known)
@@ -283,7 +286,7 @@ class MkosiAsset(Asset):
 
     def _find(self) -> _Found:
         '''Look the image up in the registry and the override'''
-        registry = _import_registry()
+        registry, error = _import_registry()
         if self.part not in PARTS:
             raise _Unusable(f"unknown part '{self.part}', expected one of: "
                             + ', '.join(PARTS))
@@ -291,14 +294,14 @@ class MkosiAsset(Asset):
         try:
             known: 'Registry' = registry.load(registry.DEFAULT)
             image = known.image(self.name)
-        except registry.RegistryError as e:
+        except error.RegistryError as e:
             raise _Unusable(e.message) from e
-        except registry.YAMLMissingError as e:
+        except error.YAMLMissingError as e:
             raise _Unusable(f'{e.message}; {e.next_step}',
                             transient=True) from e
         try:
             target = image.target(arch)
-        except registry.RegistryError as e:
+        except error.RegistryError as e:
             # A generic test runs for all architectures, whatever there is
             raise _Unusable(e.message, transient=not demanded) from e
 
