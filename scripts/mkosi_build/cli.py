@@ -4,7 +4,6 @@ The command line: what a user may ask for, and the exit codes.
 '''
 
 import argparse
-import dataclasses
 import os
 import signal
 import sys
@@ -12,12 +11,11 @@ from pathlib import Path
 from typing import List, NoReturn, Optional, Sequence, Tuple
 
 from . import boot, lock as locks, override, parallel
-from . import registry as registries, resolve, tools
-from .build import (Builder, Job, Result, check_host, host_architecture,
-                    load_tool_locks, prepare, tools_folder)
-from .cache import Cache, host_error, write_atomically
+from . import registry as registries, update
+from .agreement import disagreement, over_budget
+from .build import Builder, Job, Result, load_tool_locks, prepare, tools_folder
+from .cache import Cache, host_error
 from .error import BuildError, InputError, UsageError
-from .lock import Lock, LockError
 from .registry import Image, Registry, Target
 from .report import Report, nobody_listens
 from .store import GoneError
@@ -246,7 +244,7 @@ class Command:
         return results
 
     def _build_newer(self, job: Job) -> Result:
-        newer = self._newer_job(job)
+        newer = update.newer_job(self.builder, self.registry, job)
         result = self.builder.build(newer, compare=False)
         override.add(self.cache, result)
         self.tell(result)
@@ -264,42 +262,6 @@ class Command:
             image=job.image.name, arch=job.target.arch)
         self._tell_override()
         return result
-
-    def _newer_job(self, job: Job) -> Job:
-        '''@job with locks of what the mirrors have today.'''
-        folder = self.cache.root / 'newer' / job.identity
-        try:
-            newer = job.unlocked(locks.load(folder / 'image.lock'),
-                                 locks.load(folder / 'tools.lock'))
-            self._fetch(newer)
-            return newer
-        except (LockError, GoneError):
-            # Never made, or the mirrors have moved on since
-            pass
-        tool_lock, lock = job.tool_lock, job.lock
-        try:
-            self.builder.store.fetch(
-                tools.packages(tool_lock, job.target.arch),
-                tool_lock.distribution, TOOLS)
-        except GoneError:
-            tool_lock = resolve.tools_lock(
-                tools_folder(self.registry), host_architecture(),
-                self.cache, self.report)
-        try:
-            self.builder.fetch_packages(job)
-        except GoneError:
-            tree = tools.ensure(tool_lock, self.cache, self.builder.store,
-                                self.report, job.target.arch)
-            lock = resolve.image_lock(job, tree, self.cache, self.report)
-        write_atomically(folder / 'tools.lock', locks.render(tool_lock))
-        write_atomically(folder / 'image.lock', locks.render(lock))
-        return job.unlocked(lock, tool_lock)
-
-    def _fetch(self, job: Job) -> None:
-        self.builder.store.fetch(
-            tools.packages(job.tool_lock, job.target.arch),
-            job.tool_lock.distribution, TOOLS)
-        self.builder.fetch_packages(job)
 
     def local(self, jobs: Sequence[Job]) -> List[Result]:
         '''Build the tree as it is, for tests on this machine.'''
@@ -339,31 +301,9 @@ class Command:
     # -- Registry and locks -------------------------------------------------
 
     def _require_agreement(self, job: Job) -> None:
-        problem = self._disagreement(job)
+        problem = disagreement(job)
         if problem:
             raise problem
-
-    def _disagreement(self, job: Job) -> Optional[BuildError]:
-        '''Why the registry's hashes are not those of the tree's inputs.'''
-        arch = job.target.arch
-        command = f'scripts/mkosi-build.py {arch} {job.image.name}'
-        if job.lock.definition != job.definition:
-            return InputError(
-                f'{job.image.name}: the definition has changed since '
-                f'{arch}.lock was made',
-                next_step=f'{command} --local to try it, --update to record '
-                'it, after --update-lock if it needs other packages')
-        if not job.target.built:
-            return InputError(
-                f'{job.image.name} {arch} has no hashes in the '
-                f'registry yet', next_step=f'{command} --update')
-        if job.identity != job.target.identity:
-            return InputError(
-                f'{job.image.name}: definition or locks have changed '
-                f'without their hashes: the registry is for identity '
-                f'{job.target.identity}, the tree has {job.identity}',
-                next_step=f'{command} --update')
-        return None
 
     def check(self) -> None:
         '''Check without building; tell all problems, not just the first.'''
@@ -388,8 +328,8 @@ class Command:
             checked += 1
             sizes = {kind: artefact.size or 0
                      for kind, artefact in target.artefacts.items()}
-            for problem in (self._disagreement(job),
-                            _over_budget(job, sizes)):
+            for problem in (disagreement(job),
+                            over_budget(job, sizes)):
                 if problem:
                     problems.append(problem)
         for problem in problems[1:]:
@@ -405,84 +345,30 @@ class Command:
         results = []
         for job in jobs:
             result = self.builder.build(job, compare=False)
-            problem = _over_budget(job, {
+            problem = over_budget(job, {
                 kind: built.size for kind, built in result.artefacts.items()})
             if problem:
                 raise problem
             self.tell(result)
             with self.cache.lock('registry'):
-                self._record(result)
+                update.record_hashes(self.builder, self.registry.path,
+                                     result)
             override.remove(self.cache, job.image.name, job.target.arch)
             results.append(result)
         return results
-
-    def _record(self, result: Result) -> None:
-        '''
-        The lock first: until the registry is written too, it still names
-        the old identity, and --check and every build say so.
-        '''
-        job = result.job
-        if job.lock.definition != job.definition:
-            lock = dataclasses.replace(job.lock, definition=job.definition)
-            write_atomically(job.folder / f'{job.target.arch}.lock',
-                             locks.render(lock))
-        path = self.registry.path
-        old = path.read_text(encoding='utf-8')
-        new = registries.record(
-            old, job.image.name, job.target.arch, job.identity,
-            {kind: (built.sha256, built.size)
-             for kind, built in result.artefacts.items()})
-        if new != old:
-            write_atomically(path, new)
-        self.report.event('recorded', f'{path.name}: '
-                          + ('recorded' if new != old else 'unchanged'))
 
     def update_lock(self) -> None:
         '''Resolve anew: the tools first, since they resolve the images.'''
         names, self.names = self.names, [n for n in self.names if n != TOOLS]
         if not names or TOOLS in names:
-            self._update_tools_lock()
+            update.update_tools_locks(self.builder, self.registry,
+                                      self.archs)
         if names == [TOOLS]:
             self.names = names
             return
-        tool_locks = load_tool_locks(self.registry)
-        tool_lock = tool_locks[host_architecture()]
         for image, target in self.images():
-            check_host(self.cache, target.arch)
-            tree = tools.ensure(tool_lock, self.cache, self.builder.store,
-                                self.report, target.arch)
-            folder = self.folder(image)
-            definition = locks.definition_digest(folder)
-            nothing = Lock(definition, image.distribution, image.release,
-                           target.arch, tool_lock.epoch, ())
-            job = Job(image, target, folder, definition, nothing, tool_lock,
-                      tuple(tool_locks.values()))
-            self._write_lock(folder / f'{target.arch}.lock',
-                             resolve.image_lock(job, tree, self.cache,
-                                                self.report))
-
-    def _update_tools_lock(self) -> None:
-        '''For hosts of the architectures asked for, and for this one.'''
-        self.cache.check_writable()
-        folder = tools_folder(self.registry)
-        for arch in sorted({*self.archs, host_architecture()}):
-            self._write_lock(
-                folder / f'{arch}.lock',
-                resolve.tools_lock(folder, arch, self.cache, self.report))
-
-    def _write_lock(self, path: Path, lock: Lock) -> None:
-        try:
-            old = locks.load(path).packages
-        except LockError:
-            old = ()
-        changes = locks.diff(old, lock.packages)
-        write_atomically(path, locks.render(lock))
-        self.report.event(
-            'locked', '\n'.join([
-                *(f'    {line}' for line in changes),
-                f'{path.parent.name}/{path.name}: {len(lock.packages)} '
-                f'packages, {len(changes)} changes']),
-            path=str(path), packages=len(lock.packages), changes=changes)
+            update.update_image_lock(self.builder, self.registry, image,
+                                     target)
 
     # -- Listing ------------------------------------------------------------
 
@@ -516,7 +402,7 @@ class Command:
             job = prepare(self.registry, image, target.arch)
         except BuildError as e:
             return 'broken', e.message
-        problem = self._disagreement(job)
+        problem = disagreement(job)
         if self.builder.find(job):
             return 'built here', problem.message if problem else ''
         if problem:
@@ -525,22 +411,6 @@ class Command:
             return 'published', ''
         return 'not built yet', (f'run scripts/mkosi-build.py {target.arch} '
                                  f'{image.name}')
-
-
-def _over_budget(job: Job, sizes: 'dict[str, int]') -> Optional[BuildError]:
-    budget = job.target.budget
-    for what, found, limit in (
-            ('kernel-initrd-bytes', sizes['kernel'] + sizes['initrd'],
-             budget.kernel_initrd_bytes),
-            ('disk-bytes', sizes['disk'], budget.disk_bytes),
-            ('packages', len(job.lock.packages), budget.packages)):
-        if found > limit:
-            return InputError(
-                f'{job.image.name} {job.target.arch}: {what}: the budget '
-                f'is {limit}, found {found}',
-                next_step='make it smaller, or raise the budget in the '
-                'registry and say why')
-    return None
 
 
 def _terminate(signum: int, _frame: object) -> NoReturn:

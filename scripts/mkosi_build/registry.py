@@ -8,19 +8,12 @@ returns is complete and valid; everything else is a RegistryError that
 gives file, line and image.
 '''
 
+import json
 import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import (
-    Dict,
-    Iterable,
-    Iterator,
-    List,
-    Mapping,
-    Optional,
-    Tuple,
-)
+from typing import Dict, Iterable, Mapping, Optional, Tuple
 
 from .error import RegistryError
 from .nodes import (
@@ -47,6 +40,7 @@ DEFAULT = (Path(__file__).resolve().parents[2]
            / 'tests' / 'functional' / 'mkosi' / 'registry.yaml')
 
 SCHEMA = 1
+OVERRIDE_SCHEMA = 1
 
 # QEMU's names of the targets that an image can be made for
 ARCHITECTURES = ('x86_64', 'aarch64')
@@ -195,7 +189,7 @@ def load(path: Path) -> Registry:
     except UnicodeDecodeError as e:
         line = data.count(b'\n', 0, e.start) + 1
         raise RegistryError(f'{path.name}:{line}: not UTF-8') from e
-    registry = _parse(path, text)
+    registry = parse(path, text)
     _loaded[path] = (version, registry)
     return registry
 
@@ -204,113 +198,58 @@ _Version = Tuple[int, int, int, int]
 _loaded: Dict[Path, Tuple[_Version, Registry]] = {}
 
 
-def record(text: str, image: str, arch: str, identity: str,
-           artefacts: Mapping[str, Tuple[str, int]]) -> str:
+def parse(path: Path, text: str) -> Registry:
     '''
+    @params path: what messages call it
     @params text: a registry's text
-    @params image: name of the image whose hashes are recorded
-    @params arch: architecture whose hashes are recorded
-    @params identity: digest of the inputs that the artefacts come from
-    @params artefacts: SHA-256 and size in bytes, by kind
 
-    Returns the text with these values replaced, or inserted where they
-    are not there yet; 'not-locked' is gone, since now it is. All else
-    stays as it is, comments and order too.
-    Raises RegistryError if @text is not a valid registry or cannot
-    take these values
+    Returns what is in it. Raises RegistryError, or YAMLMissingError
     '''
-    path = Path(DEFAULT.name)
-    before = _parse(path, text)
-    old = before.image(image)
-    wanted = _with_hashes(old.target(arch), identity, artefacts)
-
-    result = text
-    for start, end, new in sorted(_edits(text, image, wanted), reverse=True):
-        result = result[:start] + new + result[end:]
-
-    # Text was edited, so only reading it back proves what it says now
-    new_image = replace(old, targets={**old.targets, arch: wanted})
-    images = {**before.images, image: new_image}
-    if _parse(path, result) != replace(before, images=images):
-        raise RegistryError(
-            f"{path}: In image '{image}', architecture '{arch}': "
-            'the hashes cannot be put in place',
-            next_step='write one key a line, without quotes or braces')
-    return result
-
-
-def _with_hashes(target: Target, identity: str,
-                 artefacts: Mapping[str, Tuple[str, int]]) -> Target:
-    if set(artefacts) != set(target.artefacts):
-        raise RegistryError(
-            f'hashes given for: {listed(artefacts)}; '
-            f'expected for: {listed(target.artefacts)}')
-    return replace(target, identity=identity, not_locked=None, artefacts={
-        kind: replace(artefact, sha256=artefacts[kind][0],
-                      size=artefacts[kind][1])
-        for kind, artefact in target.artefacts.items()})
-
-
-def _edits(text: str, image: str,
-           wanted: Target) -> Iterator[Tuple[int, int, str]]:
-    root = compose(text, Place('registry.yaml'))
-    node = root.pairs['images'].pairs[image]
-    node = node.pairs['architectures'].pairs[wanted.arch]
-
-    if 'not-locked' in node.pairs:
-        yield _removed(text, node.pairs['not-locked'])
-    if 'identity' in node.pairs:
-        yield _replaced(node.pairs['identity'], str(wanted.identity))
-    else:
-        yield _inserted(text, node, [('identity', str(wanted.identity))])
-
-    for kind, artefact in wanted.artefacts.items():
-        values = {'size': str(artefact.size), 'sha256': str(artefact.sha256)}
-        there = node.pairs['artefacts'].pairs[kind]
-        if 'size' in there.pairs:
-            for key, value in values.items():
-                yield _replaced(there.pairs[key], value)
-        else:
-            yield _inserted(text, there, list(values.items()))
-
-
-def _replaced(node: 'Node', value: str) -> Tuple[int, int, str]:
-    return node.start, node.end, value
-
-
-def _removed(text: str, node: 'Node') -> Tuple[int, int, str]:
-    '''From its key to the end of the last line of its value'''
-    start = text.rfind('\n', 0, node.key_start) + 1
-    # A value of several lines ends where the next key begins
-    end = text.find('\n', len(text[:node.end].rstrip()))
-    return start, len(text) if end < 0 else end + 1, ''
-
-
-def _inserted(text: str, node: 'Node',
-              values: List[Tuple[str, str]]) -> Tuple[int, int, str]:
-    '''
-    Into a mapping of scalars behind its last line, into a mapping of
-    mappings before its first line and the comments there
-    '''
-    nodes = list(node.pairs.values())
-    lines = [f'{key}: {value}' for key, value in values]
-    scalars = nodes[-1].kind == 'scalar'
-    if node.flow:
-        place = nodes[-1].end if scalars else nodes[0].key_start
-        lines = [''] + lines if scalars else lines + ['']
-        return place, place, ', '.join(lines)
-    # A comment may follow on the line behind which this goes
-    place = text.find('\n', nodes[-1].end if scalars else node.key_start)
-    place = len(text) if place < 0 else place
-    start = nodes[0].key_start
-    indent = '\n' + ' ' * (start - text.rfind('\n', 0, start) - 1)
-    return place, place, indent.join([''] + lines)
-
-
-def _parse(path: Path, text: str) -> Registry:
     place = Place(path.name)
     root = compose(text, place)
     return _read_registry(path, root, place)
+
+
+def overridden(path: Path, name: str, target: Target) -> Optional[Target]:
+    '''
+    @params path: the file that the builder writes for images whose hashes
+                  differ from the registry's
+    @params name: the image's name
+    @params target: what the registry has
+
+    Returns @target with the hashes of that file, None if it is for other
+    images. Raises RegistryError
+    '''
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+        if content['schema'] != OVERRIDE_SCHEMA:
+            raise ValueError(f'expected schema {OVERRIDE_SCHEMA}, '
+                             f'found {content["schema"]}')
+        entry = content['images'].get(name, {}).get(target.arch)
+        if entry is None:
+            return None
+        artefacts = {kind: _overridden_artefact(
+                               artefact, **entry['artefacts'][kind])
+                     for kind, artefact in target.artefacts.items()}
+        return replace(target, identity=str(entry['identity']),
+                       artefacts=artefacts, not_locked=None)
+    except OSError as e:
+        raise RegistryError(f'QEMU_TEST_MKOSI_OVERRIDE={path}: '
+                            f'{e.strerror}; unset it, or have the builder '
+                            'write it with --local') from e
+    except (AttributeError, KeyError, TypeError, ValueError,
+            RecursionError) as e:
+        raise RegistryError(
+            f'QEMU_TEST_MKOSI_OVERRIDE={path}: not a file that '
+            f'scripts/mkosi-build.py --local wrote: {e!r}') from e
+
+
+def _overridden_artefact(artefact: Artefact, sha256: str,
+                         size: int) -> Artefact:
+    # The hash becomes the name of a file, so it had better be a hash
+    if not _HASH.fullmatch(sha256):
+        raise ValueError(f'expected a SHA-256, found {sha256!r}')
+    return replace(artefact, sha256=sha256, size=int(size))
 
 
 # -- From nodes to the registry ---------------------------------------------

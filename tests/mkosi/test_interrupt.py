@@ -187,7 +187,8 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 # In the order in which a build with --update comes by
 MOMENTS = ['build.run_mkosi', 'build._collect', 'cache.Cache.add_asset',
            'build._record', 'build.write_atomically', 'build.remove_tree',
-           'cli.Command.tell', 'cli.Command._record', 'cli.write_atomically',
+           'cli.Command.tell', 'update.record_hashes',
+           'update.write_atomically',
            'cache.os.fsync', 'cli.override.remove']
 
 
@@ -203,7 +204,7 @@ def test_killed_at_each_step(unbuilt: Project, debian: Debian) -> None:
             *python, '-c',
             STOPPING.format(module=module, function=function),
             str(unbuilt.tree / 'scripts')]
-        if moment == 'cli.write_atomically':
+        if moment == 'update.write_atomically':
             # The lock is written first: let it need to be
             unbuilt.write_lock(debian, *debian.MINIMAL)
             unbuilt.edit(unbuilt.definition / 'mkosi.note', 'too', 'first')

@@ -12,7 +12,7 @@ from typing import Dict, Tuple
 import pytest
 import yaml
 
-from mkosi_build import registry
+from mkosi_build import record, registry
 from mkosi_build.error import InputError, RegistryError
 
 
@@ -459,17 +459,17 @@ def test_record_replaces() -> None:
                      ('size: 56', 'size: 1003'), (f'"{TWO}"', 'e' * 64),
                      (THREE, '2' * 64), (f"'{FOUR}'", 'f' * 64)):
         expected = expected.replace(old, new)
-    assert registry.record(TEXT, 'debian-min', 'x86_64', IDENTITY,
-                           HASHES) == expected
-    assert registry.record(expected, 'debian-min', 'x86_64', IDENTITY,
-                           HASHES) == expected
+    assert record.record(TEXT, 'debian-min', 'x86_64', IDENTITY,
+                         HASHES) == expected
+    assert record.record(expected, 'debian-min', 'x86_64', IDENTITY,
+                         HASHES) == expected
 
 
 def test_record_inserts(tmp_path: Path) -> None:
     '''Values that are not there yet come where one looks for them.'''
     text = without_hashes(TEXT)
     assert load(tmp_path, text)
-    result = registry.record(text, 'debian-min', 'x86_64', IDENTITY, HASHES)
+    result = record.record(text, 'debian-min', 'x86_64', IDENTITY, HASHES)
     lines = result.splitlines()
     kept = [line for line in text.splitlines() if 'zst, format' not in line]
     assert [line for line in lines if line in kept] == kept
@@ -481,7 +481,7 @@ def test_record_inserts(tmp_path: Path) -> None:
     assert ('          initrd: {file: initrd.cpio.zst, format: cpio, '
             f'size: 1002, sha256: {"2" * 64}}}') in lines
     # Now that they are there, they can be replaced
-    again = registry.record(result, 'debian-min', 'x86_64', ONE, HASHES)
+    again = record.record(result, 'debian-min', 'x86_64', ONE, HASHES)
     assert again == result.replace(IDENTITY, ONE)
 
 
@@ -494,11 +494,11 @@ def test_record_removes(reason: str) -> None:
     old = '        not-locked: the mirror is not reachable\n'
     text = TEXT.replace(old, '        # of it\n'
                         f'        not-locked: {reason}\n')
-    result = registry.record(text, 'fedora-min', 'aarch64', IDENTITY, HASHES)
+    result = record.record(text, 'fedora-min', 'aarch64', IDENTITY, HASHES)
     assert 'not-locked' not in result and 'nobody' not in result
     assert result.count('# of artefacts') == text.count('# of artefacts')
-    again = registry.record(TEXT.replace(old, '        # of it\n'),
-                            'fedora-min', 'aarch64', IDENTITY, HASHES)
+    again = record.record(TEXT.replace(old, '        # of it\n'),
+                          'fedora-min', 'aarch64', IDENTITY, HASHES)
     assert result.replace('        # of artefacts\n', '') in (
         again, again.replace('# of it\n', '# of it\n\n'))
 
@@ -507,7 +507,7 @@ def test_record_in_braces() -> None:
     '''An image that is written on few lines.'''
     text = TEXT.replace('        not-locked: the mirror is not reachable\n',
                         '')
-    result = registry.record(text, 'fedora-min', 'aarch64', IDENTITY, HASHES)
+    result = record.record(text, 'fedora-min', 'aarch64', IDENTITY, HASHES)
     assert (f'      aarch64:\n        identity: {IDENTITY}\n        artefacts:'
             '\n          kernel: {file: vmlinuz, format: image, size: 1001, '
             in result)
@@ -519,7 +519,7 @@ def test_record_in_braces() -> None:
               'disk-device: d, ready: r, prompt: p}, budget: {'
               'kernel-initrd-bytes: 1, disk-bytes: 1, packages: 1, '
               'initrd-boot-ratio: 1, disk-boot-ratio: 1}}}}}')
-    result = registry.record(braces, 'a', 'x86_64', IDENTITY, HASHES)
+    result = record.record(braces, 'a', 'x86_64', IDENTITY, HASHES)
     assert f'x86_64: {{identity: {IDENTITY}, artefacts: ' in result
 
 
@@ -530,7 +530,7 @@ def test_record_without_last_newline() -> None:
     end = text.index('        boot:\n')
     rest = text[end:text.index('  fedora-min:')]
     moved = (text[:start] + rest + text[start:end]).rstrip('\n')
-    result = registry.record(moved, 'debian-min', 'x86_64', IDENTITY, HASHES)
+    result = record.record(moved, 'debian-min', 'x86_64', IDENTITY, HASHES)
     assert result.endswith(f'format: qcow2\n            size: 1003\n'
                            f'            sha256: {"f" * 64}')
 
@@ -551,15 +551,15 @@ def test_record_refuses(image: str, arch: str, identity: str,
                         message: str) -> None:
     '''Nothing is written that would not be read back as it was meant.'''
     with pytest.raises(RegistryError) as caught:
-        registry.record(TEXT, image, arch, identity, hashes)
+        record.record(TEXT, image, arch, identity, hashes)
     assert message in str(caught.value)
 
 
 def test_record_refuses_carriage_returns() -> None:
     '''Lines of another kind would be mixed with our own.'''
     with pytest.raises(RegistryError, match='LF alone'):
-        registry.record(TEXT.replace('\n', '\r\n'), 'debian-min', 'x86_64',
-                        IDENTITY, HASHES)
+        record.record(TEXT.replace('\n', '\r\n'), 'debian-min', 'x86_64',
+                      IDENTITY, HASHES)
 
 
 PIECES = ['&a ', '*a', '!!str ', '!x ', '- ', ': ', '? ', '{', '}', '[', ']',
@@ -591,8 +591,8 @@ def test_random_texts(seed: int) -> None:
     for _ in range(40):
         text = mutated(rng)
         try:
-            result = registry.record(text, 'debian-min', 'x86_64', IDENTITY,
-                                     HASHES)
+            result = record.record(text, 'debian-min', 'x86_64', IDENTITY,
+                                   HASHES)
         except RegistryError:
             refused += 1
             continue
