@@ -12,7 +12,7 @@ import difflib
 import os
 from pathlib import Path
 import subprocess
-from typing import Dict, Iterable, Iterator, List
+from typing import Callable, Dict, Iterable, Iterator, List, Optional
 
 from .edits import Patch, edit_text, version
 from .error import SeriesError
@@ -36,7 +36,8 @@ class Content:
 PLAIN, PROGRAM, LINK = '100644', '100755', '120000'
 
 
-def _read(path: Path) -> Content:
+def read_file(path: Path) -> Content:
+    '''What @path is.'''
     if path.is_symlink():
         return Content(os.fsencode(os.readlink(path)), LINK)
     return Content(path.read_bytes(),
@@ -82,7 +83,7 @@ def _pristine(tree: Path) -> Dict[str, Content]:
         for path in [top] if top.is_file() else _files(top):
             if path.is_file():
                 # What QEMU's own links point to may be no part of the copy
-                files[str(path.relative_to(tree))] = _read(path.resolve())
+                files[str(path.relative_to(tree))] = read_file(path.resolve())
     return files
 
 
@@ -99,19 +100,36 @@ def changes(tree: Path, patches: Iterable[Patch],
         if _is_file(tree / name):
             raise SeriesError(f'{name}: QEMU has a file of that name: {tree}',
                               next_step='rename ours')
-        changed[name] = _read(root / name)
+        changed[name] = read_file(root / name)
+
+    def read(name: str) -> Optional[Content]:
+        if name in changed or not (tree / name).is_file():
+            return changed.get(name)
+        return read_file(tree / name)
+
+    for patch in patches:
+        changed.update(edited(tree, patch, read))
+    return changed
+
+
+def edited(tree: Path, patch: Patch,
+           read: Callable[[str], Optional[Content]]) -> Dict[str, Content]:
+    '''
+    The files that @patch edits in @tree, where @read finds them as the
+    patches before have left them.  Raises SeriesError (AnchorError).
+    '''
+    changed: Dict[str, Content] = {}
     kind = layout(tree)
     level = version(version_of(tree))
-    for patch in patches:
-        for edit in patch.edits:
-            if edit.layout not in (None, kind) or level < edit.since:
-                continue
-            if edit.file not in changed and not (tree / edit.file).is_file():
-                raise SeriesError(f'{edit.file}: no such file in {tree}, '
-                                  f'for pattern \'{edit.pattern}\'')
-            old = changed.get(edit.file) or _read(tree / edit.file)
-            text = edit_text(old.data.decode('utf-8'), edit)
-            changed[edit.file] = Content(text.encode('utf-8'), old.mode)
+    for edit in patch.edits:
+        if edit.layout not in (None, kind) or level < edit.since:
+            continue
+        old = changed.get(edit.file) or read(edit.file)
+        if old is None:
+            raise SeriesError(f'{edit.file}: no such file in {tree}, '
+                              f'for pattern \'{edit.pattern}\'')
+        text = edit_text(old.data.decode('utf-8'), edit)
+        changed[edit.file] = Content(text.encode('utf-8'), old.mode)
     return changed
 
 
@@ -134,7 +152,7 @@ def _make_equal(copy: Path, wanted: Dict[str, Content]) -> None:
             path.unlink()
     for name, content in wanted.items():
         path = copy / name
-        if not _is_file(path) or _read(path) != content:
+        if not _is_file(path) or read_file(path) != content:
             _write(path, content)
 
 
@@ -149,7 +167,7 @@ def apply(tree: Path, copy: Path, patches: Iterable[Patch],
     wanted = _pristine(tree)
     wanted.update(changed)
     for path in _files(MESON):
-        wanted[str(path.relative_to(MESON))] = _read(path)
+        wanted[str(path.relative_to(MESON))] = read_file(path)
     _make_equal(copy, wanted)
     return changed
 

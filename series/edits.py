@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import difflib
 from pathlib import Path
 import re
-from typing import Any, Iterable, List, Mapping, Optional, Tuple
+from typing import (Any, Iterable, List, Mapping, Optional, Sequence,
+                    Tuple)
 
 import yaml
 
@@ -20,6 +21,7 @@ from .error import SeriesError
 
 PLACES = ('before', 'after', 'replace')
 LAYOUTS = ('folders', 'flat')
+MAINTAINERS = 'MAINTAINERS'
 EDITS = Path(__file__).with_name('edits.yaml')
 
 
@@ -50,12 +52,24 @@ class Edit:
 @dataclass(frozen=True)
 class Patch:
     '''
-    Edits that belong together: one commit of the series, unless it is
-    @private and only serves the harness.
+    One commit of the series, unless it is @private and its edits only
+    serve the harness.
+
+    @message is the commit's text below its @subject.  @files are those of
+    this repository that it adds: paths, or folders that end in a slash.
     '''
     subject: str
     edits: Tuple[Edit, ...]
     private: bool = False
+    message: str = ''
+    files: Tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Letter:
+    '''What goes before the patches.'''
+    subject: str
+    text: str
 
 
 def version(text: str) -> Tuple[int, ...]:
@@ -82,15 +96,69 @@ def _edit(where: str, layout: Optional[str],
                 since=version(str(raw.get('since', ''))))
 
 
+class _Section:
+    '''The section of MAINTAINERS that the series adds, line by line.'''
+
+    def __init__(self, raw: Mapping[str, Any]) -> None:
+        self.before: str = raw['before']
+        self.head: str = raw['section']
+        self.last: Optional[str] = None
+
+    def edit(self, lines: Sequence[str]) -> Edit:
+        '''The edit that adds @lines below those of the patches before.'''
+        last, self.last = self.last, lines[-1]
+        if last is None:
+            text = self.head + '\n'.join(lines) + '\n\n'
+            return Edit(MAINTAINERS, self.before, 'replace',
+                        text.replace('\\', r'\\') + r'\g<0>')
+        return Edit(MAINTAINERS, f'^{re.escape(last)}$', 'after',
+                    '\n'.join(lines))
+
+
+def _patch(where: str, raw: Mapping[str, Any],
+           section: Optional[_Section]) -> Patch:
+    unknown = set(raw) - {'subject', 'message', 'files', 'maintainers',
+                          'layout', 'edits', 'private'}
+    if unknown or 'subject' not in raw:
+        raise SeriesError(
+            f'{where}: a patch has subject, message, files, maintainers, '
+            f'layout, edits and private; found {", ".join(map(str, raw))}')
+    where = f'{where}: {raw["subject"]}'
+    made = [_edit(where, raw.get('layout'), edit)
+            for edit in raw.get('edits', ())]
+    if 'maintainers' in raw:
+        if section is None:
+            raise SeriesError(f'{where}: has maintainers: expected the key '
+                              'maintainers of the whole file too, found none')
+        made.append(section.edit(raw['maintainers']))
+    return Patch(raw['subject'], tuple(made),
+                 private=raw.get('private', False),
+                 message=raw.get('message', ''),
+                 files=tuple(raw.get('files', ())))
+
+
 def load(path: Path = EDITS) -> List[Patch]:
-    '''Read the patches of @path.  Raises SeriesError on a malformed edit.'''
+    '''
+    Read the patches of @path, in their order.
+
+    Raises SeriesError on a malformed edit or patch, and if two patches
+    have one subject.
+    '''
     raw = yaml.safe_load(path.read_text(encoding='utf-8'))
-    return [Patch(patch['subject'],
-                  tuple(_edit(f'{path.name}: {patch["subject"]}',
-                              patch.get('layout'), edit)
-                        for edit in patch['edits']),
-                  private=patch.get('private', False))
-            for patch in raw['patches']]
+    section = _Section(raw['maintainers']) if 'maintainers' in raw else None
+    patches = [_patch(path.name, patch, section) for patch in raw['patches']]
+    subjects = [patch.subject for patch in patches]
+    for subject in subjects:
+        if subjects.count(subject) > 1:
+            raise SeriesError(f'{path.name}: two patches have the subject '
+                              f'\'{subject}\'', next_step='join them')
+    return patches
+
+
+def letter(path: Path = EDITS) -> Letter:
+    '''Read the cover letter of @path.'''
+    raw = yaml.safe_load(path.read_text(encoding='utf-8'))['cover']
+    return Letter(raw['subject'], raw['letter'])
 
 
 def _numbered(numbers: Iterable[int], lines: List[str]) -> str:
@@ -98,15 +166,25 @@ def _numbered(numbers: Iterable[int], lines: List[str]) -> str:
                    for number in numbers)
 
 
+# What a pattern has between two pieces of plain text
+_WILD = re.compile(r'(?<!\\)\(\?[^)]*\)|(?<!\\)\[[^]]*\][*+?]*'
+                   r'|(?<!\\)\.[*+?]*|\\[wdsSWD][*+?]*|\\n|\n|\{\d+\}'
+                   r'|(?<!\\)[()|^$]')
+
+
 def _nearest(pattern: str, text: str) -> str:
     '''The lines of @text that come closest to what @pattern looks for.'''
     lines = text.splitlines()
-    plain = re.sub(r'\\(.)', r'\1', pattern).strip('^$')
+    pieces = [re.sub(r'\\(.)', r'\1', piece)
+              for piece in _WILD.split(pattern)]
+    plain = max(pieces, key=len)
     close = difflib.get_close_matches(plain, lines, n=3, cutoff=0.4)
+    # What is but a piece of a long line has that line's likeness to it
+    close += [line for line in lines if len(plain) > 4 and plain in line]
     if not close:
         return '\n  no line comes near it'
     return '\n  nearest lines:' + _numbered(
-        sorted(lines.index(line) for line in close), lines)
+        sorted({lines.index(line) for line in close})[:5], lines)
 
 
 def _mismatch(edit: Edit, text: str, found: List['re.Match[str]']) -> str:

@@ -19,6 +19,7 @@ from typing import Any, Iterator
 import pytest
 
 from mkosi_build import registry
+from mkosi_build.record import record
 from series import edits, functional, tree
 from series.apply import apply
 
@@ -56,7 +57,7 @@ images:
                  initrd-boot-ratio: 1, disk-boot-ratio: 1}
 '''.replace(' &tiny', '')
 
-BUILT = registry.record(UNBUILT, 'tiny', 'x86_64', '0' * 64, {
+BUILT = record(UNBUILT, 'tiny', 'x86_64', '0' * 64, {
     kind: (HASHES[kind], len(data)) for kind, data in FILES.items()})
 
 TEST = '''\
