@@ -10,7 +10,8 @@ TERMINAL := $(shell test -t 0 || echo '< /dev/null')
 
 # Steps of one goal build upon each other
 .NOTPARALLEL:
-.PHONY: images check setup lint unit build check-functional bench clean
+.PHONY: images check setup lint unit build check-functional series verify
+.PHONY: bench clean
 
 images: setup
 	$(BUILDER) $(ARCH) --allow-newer
@@ -33,6 +34,14 @@ build: setup
 
 check-functional: setup
 	@$(PYTHON) -m series check
+
+# Commits on the git checkout QEMU_SRC, or on a copy of the plain tree
+series: setup
+	@$(PYTHON) -m series patches
+
+# Slow; TREES="<path> ..." are QEMU trees to check the series on
+verify: setup
+	$(PYTHON) -m series verify --thorough $(TREES)
 
 bench: setup
 	$(PYTHON) tests/mkosi/bench.py --json build/bench.json \

@@ -1,12 +1,31 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-'''The command: python -m series apply|check|run FILE|lint.'''
+'''The command: python -m series apply|check|run FILE|lint|patches|verify.'''
 
 import argparse
 import subprocess
 import sys
 
-from . import functional, lint
+from . import commits, edits, functional, lint, tree, verify
 from .error import SeriesError
+
+
+def show_tree() -> int:
+    '''Apply, and print where.'''
+    print(functional.prepare().tree)
+    return 0
+
+
+def patches() -> int:
+    '''Make commits, write patches, and say where they are.'''
+    source = tree.obtain(functional.BUILD / 'downloads', functional.say)
+    made = commits.make(source, functional.BUILD / 'series/git')
+    mails = commits.format_patches(made, functional.BUILD / 'series',
+                                   edits.letter())
+    print(commits.table(made.commits))
+    print(f'branch {commits.BRANCH} of {made.git}\n'
+          f'{len(mails) - 1} patches and a cover letter in '
+          f'{mails[0].parent}')
+    return 0
 
 
 def main() -> int:
@@ -24,16 +43,26 @@ def main() -> int:
     run.add_argument('args', nargs=argparse.REMAINDER,
                      help='for the test, as -v or Class.test_name')
     commands.add_parser('lint', help='flake8, mypy, pylint, checkpatch')
+    commands.add_parser('patches', help='make commits of this repository '
+                        'and write them as mail to build/series')
+    proof = commands.add_parser(
+        'verify', help='check that the patches apply, revert and pass, each '
+        'by itself')
+    proof.add_argument('trees', nargs='*', metavar='TREE',
+                       help='QEMU trees (default: QEMU_SRC)')
+    proof.add_argument('--thorough', action='store_true',
+                       help='linters on each patch, QEMU\'s quick tests and '
+                       'documentation before and after')
     args = parser.parse_args()
     try:
-        if args.command == 'apply':
-            print(functional.prepare().tree)
-            return 0
-        if args.command == 'check':
-            return functional.check()
-        if args.command == 'run':
-            return functional.run_file(args.file, args.args)
-        return lint.lint()
+        status: int = {
+            'apply': show_tree,
+            'check': functional.check,
+            'run': lambda: functional.run_file(args.file, args.args),
+            'patches': patches,
+            'verify': lambda: verify.main(args.trees, args.thorough),
+            'lint': lint.lint}[args.command]()
+        return status
     except SeriesError as error:
         print(f'series: {error}', file=sys.stderr)
     except subprocess.CalledProcessError as error:

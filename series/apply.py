@@ -88,19 +88,20 @@ def _pristine(tree: Path) -> Dict[str, Content]:
 
 
 def changes(tree: Path, patches: Iterable[Patch],
-            root: Path = ROOT) -> Dict[str, Content]:
+            root: Optional[Path] = ROOT) -> Dict[str, Content]:
     '''
-    The files that the series adds to @tree or changes in it.
+    The files that the series adds to @tree or changes in it; if @root is
+    None, nothing is added.
 
     Raises SeriesError (AnchorError) if an edit does not fit, or if @tree
     has a file that we would add.
     '''
     changed: Dict[str, Content] = {}
-    for name in our_files(root):
+    for name in our_files(root) if root else ():
         if _is_file(tree / name):
             raise SeriesError(f'{name}: QEMU has a file of that name: {tree}',
                               next_step='rename ours')
-        changed[name] = read_file(root / name)
+        changed[name] = read_file(Path(root or ROOT, name))
 
     def read(name: str) -> Optional[Content]:
         if name in changed or not (tree / name).is_file():
@@ -164,12 +165,17 @@ def apply(tree: Path, copy: Path, patches: Iterable[Patch],
     changes.  Raises SeriesError, and leaves @copy alone, if they don't fit.
     '''
     changed = changes(tree, patches, root)
+    copy_tree(tree, copy, changed)
+    return changed
+
+
+def copy_tree(tree: Path, copy: Path, changed: Dict[str, Content]) -> None:
+    '''Make @copy what @tree is with @changed, and our meson project.'''
     wanted = _pristine(tree)
     wanted.update(changed)
     for path in _files(MESON):
         wanted[str(path.relative_to(MESON))] = read_file(path)
     _make_equal(copy, wanted)
-    return changed
 
 
 def diff(tree: Path, changed: Dict[str, Content]) -> str:

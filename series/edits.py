@@ -177,7 +177,7 @@ def _nearest(pattern: str, text: str) -> str:
     lines = text.splitlines()
     pieces = [re.sub(r'\\(.)', r'\1', piece)
               for piece in _WILD.split(pattern)]
-    plain = max(pieces, key=len)
+    plain = max(pieces, key=len).strip()
     close = difflib.get_close_matches(plain, lines, n=3, cutoff=0.4)
     # What is but a piece of a long line has that line's likeness to it
     close += [line for line in lines if len(plain) > 4 and plain in line]

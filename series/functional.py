@@ -183,19 +183,36 @@ def _precache(bench: Bench, names: List[str], env: Dict[str, str]) -> None:
         raise SeriesError(f'precaching failed:\n{result.stdout}')
 
 
-def _run(bench: Bench, names: List[str],
-         env: Dict[str, str]) -> List[Dict[str, Any]]:
-    '''Run tests by name; returns what meson recorded of each.'''
+def _meson_test(bench: Bench, args: Sequence[str], env: Dict[str, str],
+                quiet: bool = False) -> List[Dict[str, Any]]:
+    '''Have meson run tests; returns what it recorded of each.'''
     log = bench.build / 'meson-logs/testlog.json'
     log.unlink(missing_ok=True)
     subprocess.run(
-        _shielded(bench, _meson('test', '-C', str(bench.build), *names)),
-        env=env, stdin=subprocess.DEVNULL, check=False)
+        _shielded(bench, _meson('test', '-C', str(bench.build), *args)),
+        env=env, stdin=subprocess.DEVNULL, check=False,
+        stdout=subprocess.DEVNULL if quiet else None)
     if not log.is_file():
         raise SeriesError('meson ran no test: its words are above')
-    shutil.copyfile(log.with_name('testlog.junit.xml'), REPORT)
     return [json.loads(line)
             for line in log.read_text('utf-8').splitlines()]
+
+
+def _run(bench: Bench, names: List[str],
+         env: Dict[str, str]) -> List[Dict[str, Any]]:
+    '''Run tests by name; returns what meson recorded of each.'''
+    records = _meson_test(bench, names, env)
+    shutil.copyfile(bench.build / 'meson-logs/testlog.junit.xml', REPORT)
+    return records
+
+
+def run_suite(bench: Bench, suite: str) -> List[Dict[str, Any]]:
+    '''Run a whole suite of QEMU's; returns what meson recorded.'''
+    env = environment()
+    _configure(bench, env)
+    subprocess.run(['ninja', '-C', str(bench.build), 'build.ninja'],
+                   env=env, check=True, stdout=subprocess.DEVNULL)
+    return _meson_test(bench, ['--suite', suite], env, quiet=True)
 
 
 def _count(record: Dict[str, Any]) -> Count:

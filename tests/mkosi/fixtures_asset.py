@@ -18,7 +18,6 @@ from typing import Any, Iterator
 
 import pytest
 
-from mkosi_build import registry
 from mkosi_build.record import record
 from series import edits, functional, tree
 from series.apply import apply
