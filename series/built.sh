@@ -1,0 +1,84 @@
+#!/bin/sh
+# SPDX-License-Identifier: GPL-2.0-or-later
+#
+# The series in a QEMU that was built: series/built.sh QEMU_SRC
+#
+# Applies the series to a copy of the QEMU source tree, builds two targets
+# with little that tests of guests don't need, and lets QEMU's own makefiles
+# do the rest: make precache-functional builds the images or finds them in
+# the cache, make check-functional-x86_64 picks our tests up. Takes some 20
+# minutes for QEMU alone; what was built is used the next time. JOBS is for
+# make, CHECKS overrides the goals after the build.
+
+set -eu
+
+here=$(cd "$(dirname "$0")/.." && pwd)
+tree=$(cd "${1:?usage: series/built.sh QEMU_SRC}" && pwd)
+work=$here/build/built-$(cat "$tree/VERSION")
+venv=$here/build/venv/bin
+
+if [ ! -f "$tree/configure" ]; then
+    echo "built.sh: $tree: expected a whole QEMU source tree" >&2
+    echo "  next: name one that has a file configure" >&2
+    exit 2
+fi
+
+PATH=$venv:$PATH
+for program in gcc ninja pkg-config flex bison; do
+    command -v "$program" > /dev/null || missing=1
+done
+if [ -n "${missing:-}" ] || ! pkg-config --exists glib-2.0; then
+    echo "built.sh: this host can't build QEMU; run as root:" >&2
+    echo "  apt-get install build-essential pkg-config flex bison" \
+        "libglib2.0-dev libfdt-dev libslirp-dev zlib1g-dev" >&2
+    exit 4
+fi
+
+# A copy with the times of the original, so that only what patches change is
+# built again. It is in a folder of this repository, which git must not see.
+rm -rf "$work/qemu"
+mkdir -p "$work/build"
+cp -a "$tree" "$work/qemu"
+QEMU_SRC=$tree "$venv/python" -m series patches
+for mail in "$here"/build/series/*.patch; do
+    case $mail in
+    */0000-*) ;;
+    *) (cd "$work/qemu" &&
+        GIT_CEILING_DIRECTORIES=$work git apply "$mail") ;;
+    esac
+done
+
+cd "$work/build"
+if [ ! -f build.ninja ]; then
+    slirp=
+    if pkg-config --exists slirp; then
+        slirp=--enable-slirp
+    fi
+    # shellcheck disable=SC2086  # may be empty
+    ../qemu/configure --without-default-features --disable-install-blobs \
+        --target-list=x86_64-softmmu,aarch64-softmmu \
+        --enable-system --enable-tcg --enable-fdt=system --enable-tools \
+        --enable-pixman $slirp || ../qemu/configure \
+        --without-default-features --disable-install-blobs \
+        --target-list=x86_64-softmmu,aarch64-softmmu \
+        --enable-system --enable-tcg --enable-fdt=system --enable-tools $slirp
+fi
+nice make -j"${JOBS:-$(nproc)}"
+
+# A distribution's source archive has no firmware: take the host's
+bundle=qemu-bundle/usr/local/share/qemu
+mkdir -p pc-bios "$bundle"
+for file in /usr/share/seabios/* /usr/share/qemu/* /usr/lib/ipxe/qemu/*; do
+    name=$(basename "$file")
+    for folder in pc-bios "$bundle"; do
+        if [ -f "$file" ] && [ ! -e "$folder/$name" ]; then
+            ln -sf "$file" "$folder/$name"
+        fi
+    done
+done
+
+# Only what is built needs to be there
+export QEMU_TEST_BUILD_IMAGES=1
+for goal in ${CHECKS:-precache-functional check-functional-x86_64}; do
+    QEMU_TEST_NO_DOWNLOAD=1 make "$goal"
+done
