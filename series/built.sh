@@ -48,31 +48,43 @@ for mail in "$here"/build/series/*.patch; do
     esac
 done
 
+# A distribution's source archive has no firmware: take the host's. What
+# other targets boot from may be empty.
+packed() {
+    [ -f "$1" ] || set -- /dev/null "$2"
+    if [ ! -e "$work/qemu/pc-bios/$2.bz2" ]; then
+        bzip2 -c "$1" > "$work/qemu/pc-bios/$2.bz2"
+    fi
+}
+packed /usr/share/AAVMF/AAVMF_CODE.fd edk2-aarch64-code.fd
+packed /usr/share/AAVMF/AAVMF_VARS.fd edk2-arm-vars.fd
+packed /usr/share/OVMF/OVMF_CODE_4M.fd edk2-x86_64-code.fd
+packed /usr/share/OVMF/OVMF_VARS_4M.fd edk2-i386-vars.fd
+for name in arm-code riscv-code riscv-vars i386-code i386-secure-code \
+            x86_64-secure-code loongarch64-code loongarch64-vars; do
+    packed /dev/null "edk2-$name.fd"
+done
+
 cd "$work/build"
 if [ ! -f build.ninja ]; then
-    slirp=
-    if pkg-config --exists slirp; then
-        slirp=--enable-slirp
-    fi
-    # shellcheck disable=SC2086  # may be empty
+    set --
+    for library in slirp pixman:pixman-1; do
+        if pkg-config --exists "${library#*:}"; then
+            set -- "$@" "--enable-${library%:*}"
+        fi
+    done
     ../qemu/configure --without-default-features --disable-install-blobs \
         --target-list=x86_64-softmmu,aarch64-softmmu \
-        --enable-system --enable-tcg --enable-fdt=system --enable-tools \
-        --enable-pixman $slirp || ../qemu/configure \
-        --without-default-features --disable-install-blobs \
-        --target-list=x86_64-softmmu,aarch64-softmmu \
-        --enable-system --enable-tcg --enable-fdt=system --enable-tools $slirp
+        --enable-system --enable-tcg --enable-tools "$@"
 fi
 nice make -j"${JOBS:-$(nproc)}"
 
-# A distribution's source archive has no firmware: take the host's
-bundle=qemu-bundle/usr/local/share/qemu
-mkdir -p pc-bios "$bundle"
-for file in /usr/share/seabios/* /usr/share/qemu/* /usr/lib/ipxe/qemu/*; do
-    name=$(basename "$file")
-    for folder in pc-bios "$bundle"; do
-        if [ -f "$file" ] && [ ! -e "$folder/$name" ]; then
-            ln -sf "$file" "$folder/$name"
+mkdir -p pc-bios qemu-bundle/usr/local/share/qemu
+for file in /usr/share/seabios/* /usr/share/qemu/* /usr/lib/ipxe/qemu/* \
+            pc-bios/edk2-*; do
+    for folder in pc-bios qemu-bundle/usr/local/share/qemu; do
+        if [ -f "$file" ] && [ ! -e "$folder/${file##*/}" ]; then
+            ln -sf "$(realpath "$file")" "$folder/${file##*/}"
         fi
     done
 done
