@@ -429,7 +429,7 @@ def test_registry_keys() -> None:
     '''All keys that the reader knows, and no others.'''
     known: Set[str] = set(registry.FORMATS)
     for name, call in calls(Path(registry.__file__)):
-        if name == '_fields':
+        if name == 'fields':
             known |= {text for argument in call.args[2:]
                       for text in strings(argument)}
     assert {'schema', 'not-locked', 'disk-boot-ratio', 'sha256'} <= known
@@ -535,7 +535,8 @@ def test_all_messages() -> None:
     missing = []
     for path in SOURCES:
         if (path.parent.name != 'mkosi_build'
-                or path.name in ('registry.py', 'lock.py')):
+                or path.name in ('registry.py', 'record.py', 'nodes.py',
+                                 'lock.py')):
             continue
         for name, call in calls(path):
             if name not in classes or not call.args:
