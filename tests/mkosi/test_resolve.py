@@ -18,7 +18,8 @@ import pytest
 
 from fixtures_builder import (AMBIENT, CONF, TREE_LOCKS, FaultServer,
                               Handler, Project, ranged)
-from mkosi_build import lock as locks, registry as registries, repository
+from mkosi_build import lock as locks, record, registry as registries
+from mkosi_build import repository
 from mkosi_build.build import load_tool_locks
 from mkosi_build.cache import Cache
 from mkosi_build.lock import Lock, Package
@@ -186,7 +187,7 @@ def fixture_outdated(project: Project, faults: FaultServer) -> Project:
     registry = registries.load(project.registry)
     identity = locks.identity(definition, lock,
                               list(load_tool_locks(registry).values()))
-    project.registry.write_text(registries.record(
+    project.registry.write_text(record.record(
         project.registry.read_text(), 'mini', 'x86_64', identity,
         {kind: ('1' * 64, 1) for kind in ('kernel', 'initrd', 'disk')}))
     return project
