@@ -64,6 +64,9 @@ for name in arm-code riscv-code riscv-vars i386-code i386-secure-code \
             x86_64-secure-code loongarch64-code loongarch64-vars; do
     packed /dev/null "edk2-$name.fd"
 done
+for source in "$work"/qemu/pc-bios/dtb/*.dts; do
+    [ -e "${source%.dts}.dtb" ] || : > "${source%.dts}.dtb"
+done
 
 cd "$work/build"
 if [ ! -f build.ninja ]; then
