@@ -180,7 +180,7 @@ def _lint(commit: Commit, folder: Path, known: Set[str]) -> List[str]:
                 for _ in ours[:1]]
     if any(name.startswith('scripts/') for name in ours):
         commands.append(['-m', 'mypy', f'--config-file={config}', '--strict',
-                         f'--cache-dir={BUILD / "mypy"}',
+                         f'--cache-dir={BUILD / "mypy-patches"}',
                          'scripts/mkosi_build'])
     new = _complaints(folder, list(commit.changed)) - known
     return [*_failures(commands, folder),
