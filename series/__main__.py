@@ -5,7 +5,7 @@ import argparse
 import subprocess
 import sys
 
-from . import commits, edits, functional, lint, tree, verify
+from . import commits, functional, lint, tree, verify
 from .error import SeriesError
 
 
@@ -19,12 +19,12 @@ def patches() -> int:
     '''Make commits, write patches, and say where they are.'''
     source = tree.obtain(functional.BUILD / 'downloads', functional.say)
     made = commits.make(source, functional.BUILD / 'series/git')
-    mails = commits.format_patches(made, functional.BUILD / 'series',
-                                   edits.letter())
-    print(commits.table(made.commits))
-    print(f'branch {commits.BRANCH} of {made.git}\n'
-          f'{len(mails) - 1} patches and a cover letter in '
-          f'{mails[0].parent}')
+    mails = commits.format_patches(made, functional.BUILD / 'series')
+    print(commits.table(made))
+    print(f'branch {commits.BRANCH} of {made.git}')
+    for part in mails:
+        print(f'{len(part) - 1} patches and a cover letter in '
+              f'{part[0].parent}')
     return 0
 
 

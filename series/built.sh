@@ -40,7 +40,7 @@ rm -rf "$work/qemu"
 mkdir -p "$work/build"
 cp -a "$tree" "$work/qemu"
 QEMU_SRC=$tree "$venv/python" -m series patches
-for mail in "$here"/build/series/*.patch; do
+for mail in "$here"/build/series/[1-9]-*/*.patch; do
     case $mail in
     */0000-*) ;;
     *) (cd "$work/qemu" &&

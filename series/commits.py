@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 '''
-Makes commits on a QEMU tree of this repository, one a patch of edits.yaml.
+Makes commits on a QEMU tree of this repository, one a patch of edits.yaml,
+and mail of them, a folder a part.
 
 A git checkout gets a branch; neither its files nor its index are touched.
 Of a plain source tree the part that we use becomes the first commit of a
@@ -14,11 +15,12 @@ from pathlib import Path
 import shutil
 import subprocess
 import tempfile
-from typing import Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import (Dict, Iterable, Iterator, List, Mapping, Optional,
+                    Sequence, Tuple)
 
-from . import edits, lines
-from .apply import (ROOT, Content, edited, our_files, read_file)
-from .edits import Letter, Patch
+from . import edits, later, lines
+from .apply import ROOT, Content, edited, our_files, read_file
+from .edits import Part, Patch
 from .error import SeriesError
 from .tree import PARTS, version_of
 
@@ -38,15 +40,28 @@ class Commit:
 
 
 @dataclass(frozen=True)
+class Series:
+    '''A part as @commits, the first of which is on @base.'''
+    part: Part
+    base: str
+    commits: Tuple[Commit, ...]
+
+
+@dataclass(frozen=True)
 class Made:
     '''
-    The whole series, in the git repository at @git, which is QEMU's if
-    @upstream: then others know its @base.
+    All parts, in the git repository at @git, which is QEMU's if @upstream:
+    then others know the @base of the first.
     '''
     git: Path
     upstream: bool
     base: str
-    commits: Tuple[Commit, ...]
+    parts: Tuple[Series, ...]
+
+    @property
+    def commits(self) -> List[Commit]:
+        '''Those of all parts.'''
+        return [commit for part in self.parts for commit in part.commits]
 
 
 def assign(patches: Sequence[Patch],
@@ -85,7 +100,7 @@ def assign(patches: Sequence[Patch],
             for patch in patches}
 
 
-# A patch, the files that it edits as they were, and those that it changes
+# A patch, the files that it changes as they were, and as it leaves them
 Step = Tuple[Patch, Dict[str, Content], Dict[str, Content]]
 
 
@@ -104,20 +119,33 @@ def steps(tree: Path, patches: Sequence[Patch],
             now[name] = read_file(tree / name)
         return now.get(name)
 
-    for patch in public:
-        added = files[patch.subject]
-        for name in added:
+    for patch, ours in zip(public, later.schedule(root, public, files)):
+        for name in files[patch.subject]:
             if read(name) is not None:
                 raise SeriesError(
                     f'{name}: QEMU has a file of that name: {tree}',
                     next_step='rename ours')
-        old = {edit.file: content for edit in patch.edits
-               for content in (read(edit.file),) if content is not None}
-        now.update({name: read_file(root / name) for name in added})
+        touched = [*ours, *(edit.file for edit in patch.edits)]
+        old = {name: content for name in touched
+               for content in (read(name),) if content is not None}
+        now.update(ours)
         now.update(edited(tree, patch, read))
-        new = {name: now[name] for name in (*added, *old)
-               if now[name] != old.get(name)}
+        new = {name: now[name] for name in touched
+               if name in now and now[name] != old.get(name)}
         yield patch, old, new
+    _all_there(root, public, files, now)
+
+
+def _all_there(root: Path, patches: Sequence[Patch],
+               files: Mapping[str, Sequence[str]],
+               now: Mapping[str, Content]) -> None:
+    '''Raises SeriesError if a file of ours is not what it is here.'''
+    edited_too = {edit.file for patch in patches for edit in patch.edits}
+    for names in files.values():
+        for name in set(names) - edited_too:
+            if now[name] != read_file(root / name):
+                raise SeriesError(f'{name}: after the last patch it differs '
+                                  'from the file in this repository')
 
 
 class Git:
@@ -216,37 +244,48 @@ def _commit(git: Git, index: Path, parent: str, patch: Patch,
 
 
 def _commit_all(git: Git, base: str,
-                done: Iterable[Step]) -> Tuple[Commit, ...]:
-    commits: List[Commit] = []
+                done: Iterable[Step]) -> Iterator[Commit]:
     with tempfile.TemporaryDirectory() as name:
         index = Path(name, 'index')
         Git(git.folder, GIT_INDEX_FILE=str(index)).run('read-tree', base)
         for patch, old, new in done:
             if new:
                 base = _commit(git, index, base, patch, new)
-                commits.append(Commit(patch, base, new,
-                                      lines.count(old, new)))
-    return tuple(commits)
+                yield Commit(patch, base, new, lines.count(old, new))
+
+
+def _in_parts(base: str, parts: Sequence[Part],
+              commits: Sequence[Commit]) -> Iterator[Series]:
+    '''The @commits of each of @parts, if it has any.'''
+    for part in parts:
+        mine = tuple(commit for commit in commits
+                     if commit.patch in part.patches)
+        if mine:
+            yield Series(part, base, mine)
+            base = mine[-1].name
 
 
 def make(tree: Path, scratch: Path,
-         patches: Optional[Sequence[Patch]] = None, root: Path = ROOT,
+         parts: Optional[Sequence[Part]] = None, root: Path = ROOT,
          scratch_always: bool = False) -> Made:
     '''
     Commit the series on the QEMU @tree: on the branch BRANCH of a git
     checkout, whose HEAD it starts from, else in a repository made anew in
     the folder @scratch, or if @scratch_always is true.  A patch that
-    changes nothing there is left out.
+    changes nothing there is left out, and so is a part of no others.
     Raises SeriesError, with no branch moved, if anything does not fit.
     '''
     here = not scratch_always and _is_checkout(tree)
     if here:
         _branch_free(Git(tree))
-    done = list(steps(tree, edits.load() if patches is None else patches,
-                      root))
+    parts = edits.parts() if parts is None else parts
+    done = list(steps(tree, [patch for part in parts
+                             for patch in part.patches], root))
     folder = tree if here else _scratch(tree, scratch)
     git = Git(folder)
-    touched = sorted({name for _, old, _ in done for name in old})
+    ours = our_files(root)
+    touched = sorted({name for _, old, _ in done for name in old
+                      if name not in ours})
     if here and not git.succeeds('diff', '--quiet', 'HEAD', '--',
                                  *touched):
         raise SeriesError(f'{tree}: files that the series edits differ from '
@@ -254,29 +293,24 @@ def make(tree: Path, scratch: Path,
     # Of this repository, which the commits are made of
     date = Git(root).run('log', '-1', '--format=%cI')
     base = git.run('rev-parse', 'HEAD')
-    commits = _commit_all(Git(folder, **_person(git, date)), base, done)
+    commits = list(_commit_all(Git(folder, **_person(git, date)), base, done))
     git.run('update-ref', f'refs/heads/{BRANCH}', commits[-1].name)
-    return Made(folder, here, base, commits)
+    return Made(folder, here, base, tuple(_in_parts(base, parts, commits)))
 
 
-def format_patches(made: Made, folder: Path,
-                   letter: Letter) -> List[Path]:
-    '''
-    Write the commits as mail to @folder, the cover letter first; what was
-    there of an earlier run is gone.
-    '''
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob('*.patch'):
-        path.unlink()
+def _format(made: Made, series: Series, folder: Path) -> List[Path]:
+    folder.mkdir()
     git = Git(made.git)
-    date = git.run('log', '-1', '--format=%cI', made.commits[-1].name)
-    git = Git(made.git, **_person(git, date))
+    last = series.commits[-1].name
+    git = Git(made.git, **_person(git, git.run('log', '-1', '--format=%cI',
+                                               last)))
     git.run('format-patch', '--quiet', '--cover-letter', '--no-signature',
+            # Of a part that is on others, this names their patches as well
             *([f'--base={made.base}'] if made.upstream else []),
-            f'--output-directory={folder}',
-            f'{made.base}..{made.commits[-1].name}')
+            f'--output-directory={folder}', f'{series.base}..{last}')
     paths = sorted(folder.glob('*.patch'))
     text = paths[0].read_text(encoding='utf-8')
+    letter = series.part.letter
     for blank, words in (('*** SUBJECT HERE ***', letter.subject),
                          ('*** BLURB HERE ***', letter.text.strip())):
         text = text.replace(blank, words)
@@ -284,10 +318,27 @@ def format_patches(made: Made, folder: Path,
     return paths
 
 
-def table(commits: Iterable[Commit]) -> str:
-    '''The series, a line a patch: code added, all lines added, subject.'''
-    rows = ['  #  code  lines  subject']
-    for number, commit in enumerate(commits, 1):
-        rows.append(f'{number:3} {commit.count.code:5} '
-                    f'{commit.count.added:6}  {commit.patch.subject}')
+def format_patches(made: Made, folder: Path) -> List[List[Path]]:
+    '''
+    Write the commits as mail to @folder, a folder a part, the cover letter
+    first; what was there of an earlier run is gone.  Returns the paths of
+    each part.
+    '''
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob('*.patch'):
+        path.unlink()
+    for path in folder.glob('[1-9]-*'):
+        shutil.rmtree(path)
+    return [_format(made, series, folder / series.part.name)
+            for series in made.parts]
+
+
+def table(made: Made) -> str:
+    '''The parts, a line a patch: code added, all lines added, subject.'''
+    rows = []
+    for series in made.parts:
+        rows.append(f'{series.part.name}\n  #  code  lines  subject')
+        for number, commit in enumerate(series.commits, 1):
+            rows.append(f'{number:3} {commit.count.code:5} '
+                        f'{commit.count.added:6}  {commit.patch.subject}')
     return '\n'.join(rows)

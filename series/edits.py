@@ -7,12 +7,12 @@ anything else is an error, never a guess.  Pure text to text: no tree is
 read or written here.
 '''
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import difflib
 from pathlib import Path
 import re
 from typing import (Any, Iterable, List, Mapping, Optional, Sequence,
-                    Tuple)
+                    Tuple, Union)
 
 import yaml
 
@@ -22,6 +22,8 @@ from .error import SeriesError
 PLACES = ('before', 'after', 'replace')
 LAYOUTS = ('folders', 'flat')
 MAINTAINERS = 'MAINTAINERS'
+_PATCH = ('subject', 'message', 'files', 'maintainers', 'layout', 'edits',
+          'later')
 EDITS = Path(__file__).with_name('edits.yaml')
 
 
@@ -50,6 +52,20 @@ class Edit:
 
 
 @dataclass(frozen=True)
+class Later:
+    '''
+    Lines of a file of ours that come with a later patch than the file.
+
+    They are the whole lines that a match of @pattern touches; until then
+    the text @until stands in their place.
+    '''
+    file: str
+    pattern: str
+    count: int = 1
+    until: str = ''
+
+
+@dataclass(frozen=True)
 class Patch:
     '''
     One commit of the series, unless it is @private and its edits only
@@ -57,12 +73,14 @@ class Patch:
 
     @message is the commit's text below its @subject.  @files are those of
     this repository that it adds: paths, or folders that end in a slash.
+    @later are the lines that it adds to files of patches before it.
     '''
     subject: str
     edits: Tuple[Edit, ...]
     private: bool = False
     message: str = ''
     files: Tuple[str, ...] = ()
+    later: Tuple[Later, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,6 +88,14 @@ class Letter:
     '''What goes before the patches.'''
     subject: str
     text: str
+
+
+@dataclass(frozen=True)
+class Part:
+    '''What is sent as one: a letter and patches, on the parts before.'''
+    name: str
+    letter: Letter
+    patches: Tuple[Patch, ...]
 
 
 def version(text: str) -> Tuple[int, ...]:
@@ -115,14 +141,20 @@ class _Section:
                     '\n'.join(lines))
 
 
+def _later(where: str, raw: Mapping[str, Any]) -> Later:
+    if not {'file', 'match'} <= set(raw) <= {'file', 'match', 'count',
+                                             'until'}:
+        raise SeriesError(f'{where}: lines for later have file, match, count '
+                          f'and until; found {", ".join(map(str, raw))}')
+    return Later(raw['file'], raw['match'], raw.get('count', 1),
+                 raw.get('until', ''))
+
+
 def _patch(where: str, raw: Mapping[str, Any],
            section: Optional[_Section]) -> Patch:
-    unknown = set(raw) - {'subject', 'message', 'files', 'maintainers',
-                          'layout', 'edits', 'private'}
-    if unknown or 'subject' not in raw:
-        raise SeriesError(
-            f'{where}: a patch has subject, message, files, maintainers, '
-            f'layout, edits and private; found {", ".join(map(str, raw))}')
+    if 'subject' not in raw or set(raw) - set(_PATCH):
+        raise SeriesError(f'{where}: a patch has {", ".join(_PATCH)}; found '
+                          f'{", ".join(map(str, raw))}')
     where = f'{where}: {raw["subject"]}'
     made = [_edit(where, raw.get('layout'), edit)
             for edit in raw.get('edits', ())]
@@ -132,33 +164,70 @@ def _patch(where: str, raw: Mapping[str, Any],
                               'maintainers of the whole file too, found none')
         made.append(section.edit(raw['maintainers']))
     return Patch(raw['subject'], tuple(made),
-                 private=raw.get('private', False),
                  message=raw.get('message', ''),
-                 files=tuple(raw.get('files', ())))
+                 files=tuple(raw.get('files', ())),
+                 later=tuple(_later(where, lines)
+                             for lines in raw.get('later', ())))
 
 
-def load(path: Path = EDITS) -> List[Patch]:
-    '''
-    Read the patches of @path, in their order.
+def _harness(where: str, raw: Mapping[str, Any]) -> Patch:
+    if not {'subject', 'edits'} <= set(raw) <= {'subject', 'edits', 'layout'}:
+        raise SeriesError(f'{where}: a patch of the harness has subject, '
+                          f'layout and edits; found '
+                          f'{", ".join(map(str, raw))}')
+    return replace(_patch(where, raw, None), private=True)
 
-    Raises SeriesError on a malformed edit or patch, and if two patches
-    have one subject.
-    '''
+
+def _part(where: str, number: int, raw: Mapping[str, Any],
+          section: Optional[_Section]) -> Part:
+    if set(raw) != {'name', 'cover', 'patches'} \
+            or set(raw['cover']) != {'subject', 'letter'}:
+        raise SeriesError(f'{where}: a part has name, cover (subject and '
+                          'letter) and patches; found '
+                          f'{", ".join(map(str, raw))}')
+    name = str(raw['name'])
+    # They are folders, whose order is that of the parts
+    if not re.fullmatch(rf'{number}-[a-z-]+', name) or number > 9:
+        raise SeriesError(f'{where}: part {number}: expected a name such as '
+                          f'\'{number}-fixes\', found \'{name}\'')
+    return Part(name, Letter(raw['cover']['subject'], raw['cover']['letter']),
+                tuple(_patch(where, patch, section)
+                      for patch in raw['patches'] or ()))
+
+
+def _load(path: Path) -> Tuple[List[Part], List[Patch]]:
     raw = yaml.safe_load(path.read_text(encoding='utf-8'))
+    unknown = set(raw) - {'maintainers', 'parts', 'harness'}
+    if unknown or 'parts' not in raw:
+        raise SeriesError(f'{path.name}: expected the keys maintainers, parts '
+                          f'and harness; found {", ".join(map(str, raw))}')
     section = _Section(raw['maintainers']) if 'maintainers' in raw else None
-    patches = [_patch(path.name, patch, section) for patch in raw['patches']]
-    subjects = [patch.subject for patch in patches]
+    found = [_part(path.name, number, part, section)
+             for number, part in enumerate(raw['parts'], 1)]
+    private = [_harness(path.name, patch) for patch in raw.get('harness', ())]
+    subjects = [patch.subject for part in found for patch in part.patches]
+    subjects += [patch.subject for patch in private]
     for subject in subjects:
         if subjects.count(subject) > 1:
             raise SeriesError(f'{path.name}: two patches have the subject '
                               f'\'{subject}\'', next_step='join them')
-    return patches
+    return found, private
 
 
-def letter(path: Path = EDITS) -> Letter:
-    '''Read the cover letter of @path.'''
-    raw = yaml.safe_load(path.read_text(encoding='utf-8'))['cover']
-    return Letter(raw['subject'], raw['letter'])
+def parts(path: Path = EDITS) -> List[Part]:
+    '''
+    Read the parts of the series from @path, in their order.
+
+    Raises SeriesError on a malformed edit, patch or part, and if two
+    patches have one subject.
+    '''
+    return _load(path)[0]
+
+
+def load(path: Path = EDITS) -> List[Patch]:
+    '''All patches of @path, those of the harness last; as parts().'''
+    found, private = _load(path)
+    return [*(patch for part in found for patch in part.patches), *private]
 
 
 def _numbered(numbers: Iterable[int], lines: List[str]) -> str:
@@ -187,31 +256,41 @@ def _nearest(pattern: str, text: str) -> str:
         sorted({lines.index(line) for line in close})[:5], lines)
 
 
-def _mismatch(edit: Edit, text: str, found: List['re.Match[str]']) -> str:
-    message = (f'{edit.file}: pattern \'{edit.pattern}\': expected '
-               f'{edit.count} match{"es" * (edit.count != 1)}, '
+def _mismatch(anchor: Union[Edit, Later], text: str,
+              found: List['re.Match[str]']) -> str:
+    message = (f'{anchor.file}: pattern \'{anchor.pattern}\': expected '
+               f'{anchor.count} match{"es" * (anchor.count != 1)}, '
                f'found {len(found)}')
     if not found:
-        return message + _nearest(edit.pattern, text)
+        return message + _nearest(anchor.pattern, text)
     return message + '\n  at lines:' + _numbered(
         [text.count('\n', 0, match.start()) for match in found],
         text.splitlines())
 
 
-def edit_text(text: str, edit: Edit) -> str:
+def matches(text: str, anchor: Union[Edit, Later],
+            where: str) -> List['re.Match[str]']:
     '''
-    Return @text with @edit applied to each match of its pattern.
+    Where the pattern of @anchor is in @text, which is a file of @where.
 
     Raises AnchorError, with file, pattern, expected and found count and
-    the nearest lines, if there are not exactly @edit.count matches.
+    the nearest lines, if it is not there exactly @anchor.count times.
     '''
-    found = list(re.finditer(edit.pattern, text, re.MULTILINE))
-    if len(found) != edit.count:
+    found = list(re.finditer(anchor.pattern, text, re.MULTILINE))
+    if len(found) != anchor.count:
         raise AnchorError(
-            _mismatch(edit, text, found),
-            next_step=f'compare {EDITS.name} with the file in this QEMU tree')
+            _mismatch(anchor, text, found),
+            next_step=f'compare {EDITS.name} with the file in {where}')
+    return found
+
+
+def edit_text(text: str, edit: Edit) -> str:
+    '''
+    Return @text with @edit applied to each match of its pattern.  Raises
+    AnchorError.
+    '''
     # From the last match to the first, so that positions stay true
-    for match in reversed(found):
+    for match in reversed(matches(text, edit, 'this QEMU tree')):
         start, end = match.span()
         new = edit.text
         if edit.place == 'replace':

@@ -16,7 +16,8 @@ from typing import Dict, List, Optional, Sequence, Set, Tuple
 
 from . import edits, functional, tree
 from .apply import MESON, ROOT, changes, copy_tree
-from .commits import Commit, Git, Made, format_patches, make, table
+from .commits import (Commit, Git, Made, Series, format_patches, make,
+                      table)
 from .error import SeriesError
 from .functional import BUILD, Bench, say
 from .tap import judge
@@ -36,12 +37,19 @@ class Check:
     source: Path
     folder: Path
     made: Made
+    # Without cover letters: one a commit
     mails: Tuple[Path, ...]
 
     @property
     def git(self) -> Git:
         '''The repository that has the commits.'''
         return Git(self.made.git)
+
+
+def mails(made: Made, folder: Path) -> Tuple[Path, ...]:
+    '''Write @made as mail to @folder: the mail of each commit.'''
+    return tuple(path for part in format_patches(made, folder)
+                 for path in part[1:])
 
 
 def _output(command: Sequence[str], cwd: Path,
@@ -53,12 +61,13 @@ def _output(command: Sequence[str], cwd: Path,
     return done.returncode, done.stdout.strip()
 
 
-def bounds(commits: Sequence[Commit]) -> List[str]:
+def bounds(series: Series) -> List[str]:
     '''What is larger than what one asks of a reviewer.'''
     problems = []
-    if len(commits) > PATCHES:
-        problems.append(f'{len(commits)} patches, expected at most {PATCHES}')
-    for commit in commits:
+    if len(series.commits) > PATCHES:
+        problems.append(f'{series.part.name}: {len(series.commits)} patches, '
+                        f'expected at most {PATCHES}')
+    for commit in series.commits:
         if commit.count.code >= CODE:
             problems.append(f'{commit.patch.subject}: {commit.count.code} '
                             f'lines of code, expected less than {CODE}')
@@ -75,7 +84,7 @@ def round_trip(check: Check) -> List[str]:
               GIT_COMMITTER_NAME='a', GIT_COMMITTER_EMAIL='a@localhost')
     base, last = check.made.base, check.made.commits[-1].name
     git.run('checkout', '--quiet', '--detach', base)
-    git.run('am', '--quiet', *map(str, check.mails[1:]))
+    git.run('am', '--quiet', *map(str, check.mails))
     problems = []
     if git.run('diff', '--stat', last, 'HEAD'):
         problems.append('the mails make another tree than the commits')
@@ -207,7 +216,7 @@ def each_alone(check: Check, lint: bool) -> List[str]:
         _export(check, check.made.base, folder)
         known = _complaints(folder, sorted({
             name for commit in check.made.commits for name in commit.changed}))
-    for commit, mail in zip(check.made.commits, check.mails[1:]):
+    for commit, mail in zip(check.made.commits, check.mails):
         _export(check, commit.name, folder)
         found = [*_checkpatch(check, mail),
                  *_python(commit, folder),
@@ -330,12 +339,12 @@ def verify(source: Path, thorough: bool) -> List[str]:
     folder.mkdir(parents=True, exist_ok=True)
     # A repository of our own: a check moves no branch of anybody's
     made = make(source, folder / 'git', scratch_always=True)
-    check = Check(source, folder, made, tuple(
-        format_patches(made, folder / 'mails', edits.letter())))
+    check = Check(source, folder, made, mails(made, folder / 'mails'))
     say(f'QEMU {version_of(source)}: {len(made.commits)} patches\n'
-        + table(made.commits))
-    problems = [*bounds(made.commits), *round_trip(check),
-                *each_alone(check, lint=thorough)]
+        + table(made))
+    problems = [*(problem for series in made.parts
+                  for problem in bounds(series)),
+                *round_trip(check), *each_alone(check, lint=thorough)]
     if thorough:
         problems += quick_tests(check)
         problems += documentation(check)

@@ -102,8 +102,8 @@ def test_anchor_found_too_rarely() -> None:
 def test_malformed_edit(tmp_path: Path, edit: str) -> None:
     '''A typo in the edits is an error that names the patch.'''
     path = tmp_path / 'edits.yaml'
-    path.write_text(f'patches:\n  - subject: s\n    edits:\n      - {edit}\n',
-                    encoding='utf-8')
+    path.write_text('parts: []\nharness:\n  - subject: s\n    edits:\n'
+                    f'      - {edit}\n', encoding='utf-8')
     with pytest.raises(SeriesError, match=r'edits\.yaml: s: '):
         edits.load(path)
 
@@ -112,7 +112,8 @@ def test_layout_of_a_patch(tmp_path: Path) -> None:
     '''It is that of its edits, but for those that have one.'''
     path = tmp_path / 'edits.yaml'
     path.write_text(
-        'patches:\n  - subject: s\n    layout: folders\n    edits:\n'
+        'parts: []\nharness:\n'
+        '  - subject: s\n    layout: folders\n    edits:\n'
         '      - {file: a, match: b, after: c}\n'
         '      - {file: a, match: b, after: c, layout: flat}\n',
         encoding='utf-8')

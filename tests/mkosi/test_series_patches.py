@@ -7,10 +7,11 @@ from typing import Dict, List, Sequence
 
 import pytest
 
-from series import apply, commits, edits, lines, tree, verify
+from series import apply, commits, edits, later, lines, tree, verify
 from series.apply import Content
 from series.commits import Git, assign, format_patches, make
-from series.edits import AnchorError, Edit, Letter, Patch, edit_text
+from series.edits import AnchorError, Edit, Later, Letter, Part, Patch
+from series.edits import edit_text
 from series.error import SeriesError
 from series.functional import BUILD
 
@@ -25,27 +26,37 @@ Windows
 S: Maintained
 '''
 OURS = {'scripts/tool.py': '#!/usr/bin/env python3\n',
-        'scripts/tool/one.py': 'ONE = 1\n',
+        'scripts/tool/one.py': 'ONE = 1\nTWO = 2\nEND = 3\n',
         'scripts/tool/two.py': 'TWO = 2\n',
         'docs/tool.rst': 'Tool\n====\n'}
 MANIFEST = '''\
-cover: {subject: Whole, letter: "All of\\nit."}
 maintainers: {before: '^Windows$', section: "Tools\\nS: Odd Fixes\\n"}
-patches:
+parts:
+- name: 1-one
+  cover: {subject: Half, letter: "One\\nof it."}
+  patches:
   - subject: 'scripts: one'
     message: "Because.\\n"
     files: [scripts/tool/one.py]
     maintainers: ['F: scripts/tool/']
   - subject: 'nothing'
     edits: [{file: VERSION, match: '^11', since: 99.0.0, after: later}]
+- name: 2-all
+  cover: {subject: Whole, letter: "All of\\nit."}
+  patches:
   - subject: 'scripts: all'
     files: [scripts/tool.py, scripts/tool/two.py, docs/]
     maintainers: ['F: scripts/tool.py', 'F: docs/tool.rst']
     edits: [{file: VERSION, match: '^11', after: later}]
-  - subject: 'harness'
-    private: true
-    edits: [{file: VERSION, match: '^11', after: private}]
+    later: [{file: scripts/tool/one.py, match: TWO, until: '# none yet'}]
+- name: 3-none
+  cover: {subject: None, letter: None}
+  patches:
+harness:
+- subject: 'harness'
+  edits: [{file: VERSION, match: '^11', after: private}]
 '''
+ONE = 'ONE = 1\n# none yet\nEND = 3\n'
 
 
 def run(folder: Path, *args: str) -> str:
@@ -94,7 +105,7 @@ def checkout(qemu: Path) -> Path:
 def made(qemu: Path, ours: Path) -> commits.Made:
     '''The series of @ours as commits on @qemu.'''
     return make(qemu, ours.parent / 'scratch',
-                edits.load(ours / 'edits.yaml'), root=ours)
+                edits.parts(ours / 'edits.yaml'), root=ours)
 
 
 # The manifest
@@ -137,23 +148,44 @@ def test_every_file_of_ours_has_its_patch() -> None:
 
 def test_public_patches_have_messages() -> None:
     '''Subject in QEMU's form, a body that fits a mail, nobody's sign-off.'''
-    letter = edits.letter()
-    assert letter.subject and letter.text
-    for patch in edits.load():
-        if not patch.private:
+    for part in edits.parts():
+        assert part.letter.subject and part.letter.text
+        texts = [part.letter.text]
+        for patch in part.patches:
             assert ': ' in patch.subject and len(patch.subject) <= 72
             assert patch.message.strip(), patch.subject
-        assert all(len(line) <= 75 for line in patch.message.splitlines())
-        assert 'igned-off-by' not in patch.message + letter.text
+            texts.append(patch.message)
+        for text in texts:
+            assert all(len(line) <= 75 for line in text.splitlines())
+            assert 'igned-off-by' not in text
+
+
+PART = '[{name: 1-a, cover: {subject: s, letter: l}, patches: '
 
 
 @pytest.mark.parametrize('text, problem', [
-    ("patches: [{subject: s}, {subject: s}]", "two patches have the subject"),
-    ("patches: [{subject: s, fiels: [a]}]", 'fiels'),
-    ("patches: [{files: [a]}]", 'a patch has subject'),
-    ("patches: [{subject: s, maintainers: ['F: a']}]", 'maintainers'),
+    (f'parts: {PART}[{{subject: s}}, {{subject: s}}]}}]',
+     'two patches have the subject'),
+    (f'parts: {PART}[{{subject: s}}]}}]\n'
+     'harness: [{subject: s, edits: []}]', 'two patches have the subject'),
+    (f'parts: {PART}[{{subject: s, fiels: [a]}}]}}]', 'fiels'),
+    (f'parts: {PART}[{{files: [a]}}]}}]', 'a patch has subject'),
+    (f"parts: {PART}[{{subject: s, maintainers: ['F: a']}}]}}]",
+     'maintainers'),
+    (f'parts: {PART}[{{subject: s, later: [{{file: a}}]}}]}}]',
+     's: lines for later have file, match'),
+    (f'parts: {PART}[{{subject: s, later: [{{file: a, match: b, c: d}}]}}]}}]',
+     's: lines for later have file, match'),
+    ('patches: []', 'expected the keys .* parts'),
+    ('parts: []\nharness: [{subject: s, edits: [], files: [a]}]',
+     'a patch of the harness has'),
+    ('parts: [{name: 1-a, patches: []}]', 'a part has name, cover'),
+    ('parts: ' + PART.replace('cover: {', 'cover: {text: t, ') + '[]}]',
+     'a part has name, cover'),
+    ('parts: ' + PART.replace('1-a', '2-a') + '[]}]', "such as '1-fixes'"),
+    ('parts: ' + PART.replace('1-a', '1-../a') + '[]}]', "such as '1-fixes'"),
 ])
-def test_malformed_patch(tmp_path: Path, text: str, problem: str) -> None:
+def test_malformed_manifest(tmp_path: Path, text: str, problem: str) -> None:
     '''A typo is an error, not a patch that lacks something.'''
     path = tmp_path / 'edits.yaml'
     path.write_text(text, encoding='utf-8')
@@ -173,6 +205,100 @@ def test_moved_anchor_of_several_lines(moved: str) -> None:
                   Edit('some/file', PATTERN, 'replace', ''))
     assert f'    3: {moved.rstrip()}' in str(error.value)
     assert '1: import' not in str(error.value)
+
+
+# Lines for later patches
+
+FILE = '''\
+import one
+import two
+import (three,
+        four)
+
+TABLE = [
+    one,
+    two,
+    two,
+]
+'''
+
+
+def waits(*entries: Later) -> List[Patch]:
+    '''A patch that adds the file, and one for each of @entries.'''
+    return [Patch('first', (), files=('scripts/a.py',)),
+            *(Patch(f'later {number}', (), later=(entry,))
+              for number, entry in enumerate(entries, 1))]
+
+
+def scheduled(folder: Path, series: List[Patch]) -> List[str]:
+    '''The file as each of @series leaves it, if it changes it.'''
+    write(folder, {'scripts/a.py': FILE})
+    (folder / 'scripts/a.py').chmod(0o755)
+    files = assign(series, ['scripts/a.py'])
+    done = later.schedule(folder, series, files)
+    assert all(content.mode == apply.PROGRAM for changed in done
+               for content in changed.values())
+    return [changed['scripts/a.py'].data.decode() if changed else ''
+            for changed in done]
+
+
+def test_lines_wait_for_their_patch(tmp_path: Path) -> None:
+    '''Each patch has its own and those of patches before it.'''
+    first, one, two = scheduled(tmp_path, waits(
+        Later('scripts/a.py', r'import \(three'
+                              r'(.*\n)*?.*\)$', until='import three'),
+        Later('scripts/a.py', r'two', count=3)))
+    assert two == FILE
+    assert one == FILE.replace('import two\n', '').replace('    two,\n', '')
+    assert first == one.replace('import (three,\n        four)',
+                                'import three')
+
+
+@pytest.mark.parametrize('pattern, gone', [
+    ('two$', 'import two\n'),
+    ('port two', 'import two\n'),
+    ('^import two\n', 'import two\n'),
+    # An empty line is one, but the end of the line before is none
+    ('\nTABLE', '\nTABLE = [\n'),
+    ('\n\nTABLE', '\nTABLE = [\n'),
+    ('^]', ']\n'),
+    ('^]\n', ']\n'),
+    (r'(?s)^TABLE.*', FILE[FILE.index('TABLE'):]),
+])
+def test_whole_lines_wait(tmp_path: Path, pattern: str, gone: str) -> None:
+    '''Those that a match touches, wherever they stand.'''
+    first, last = scheduled(tmp_path, waits(
+        Later('scripts/a.py', pattern)))
+    assert (first, last) == (FILE.replace(gone, ''), FILE)
+
+
+@pytest.mark.parametrize('entries, problem', [
+    ([Later('scripts/a.py', 'import three')],
+     "'import three': expected 1 match, found 0\n  nearest lines"),
+    ([Later('scripts/a.py', 'two')], 'expected 1 match, found 3'),
+    ([Later('scripts/a.py', r'\Z')], 'matches no line'),
+    ([Later('scripts/a.py', r'^$\n')], 'matches no line'),
+    ([Later('scripts/a.py', 'import two'), Later('scripts/a.py', 'rt two')],
+     "scripts/a.py:2: added by two entries of later: of 'later 1' and "
+     "'later 2'"),
+    ([Later('scripts/a.py', '^import one\nimport two'),
+      Later('scripts/a.py', 'two\nimport')], 'scripts/a.py:2: added by two'),
+    ([Later('scripts/b.py', 'two')], 'found none'),
+])
+def test_lines_that_cant_wait(tmp_path: Path, entries: List[Later],
+                              problem: str) -> None:
+    '''The error names the file, and what is there.'''
+    with pytest.raises(SeriesError) as error:
+        scheduled(tmp_path, waits(*entries))
+    assert problem in str(error.value)
+    assert 'next: ' in str(error.value)
+
+
+def test_lines_of_a_file_that_is_later_itself(tmp_path: Path) -> None:
+    '''A patch has nothing to add to what comes with it or after it.'''
+    series = waits(Later('scripts/a.py', 'import two'))
+    with pytest.raises(SeriesError, match="found 'first'"):
+        scheduled(tmp_path, series[::-1])
 
 
 # Commits
@@ -207,6 +333,35 @@ def test_what_commits_hold(ours: Path, qemu: Path) -> None:
         'Windows', 'Tools\nS: Odd Fixes\nF: scripts/tool/\n'
         'F: scripts/tool.py\nF: docs/tool.rst\n\nWindows').strip()
     assert 'tests/mkosi' not in run(qemu, 'ls-tree', '-r', last)
+
+
+def test_parts_are_on_one_another(ours: Path, qemu: Path) -> None:
+    '''A line that waits for a patch comes with it; no part is empty.'''
+    checkout(qemu)
+    series = made(qemu, ours)
+    assert [(part.part.name, len(part.commits)) for part in series.parts] \
+        == [('1-one', 1), ('2-all', 1)]
+    first, last = series.commits
+    assert series.parts[1].base == first.name
+    assert run(qemu, 'show', f'{first.name}:scripts/tool/one.py') \
+        == ONE.strip()
+    assert first.changed['scripts/tool/one.py'].data.decode() == ONE
+    assert last.count.code == 2
+
+
+def test_files_are_whole_at_the_end(ours: Path, qemu: Path) -> None:
+    '''Whatever patches do, the last has what is in the repository.'''
+    whole = Content(OURS['docs/tool.rst'].encode(), apply.PLAIN)
+    series = patches(['docs/tool.rst', 'scripts/'])
+    names = [name for name in OURS if name != 'docs/tool.rst']
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(later, 'schedule', lambda *args: [{
+            **{name: apply.read_file(ours / name) for name in names},
+            'docs/tool.rst': Content(whole.data[1:], whole.mode)}])
+        with pytest.raises(SeriesError, match='docs/tool.rst: after the last'):
+            list(commits.steps(qemu, series, ours))
+    assert list(commits.steps(qemu, series, ours))[0][2]['docs/tool.rst'] \
+        == whole
 
 
 def test_same_files_give_the_same_commits(ours: Path, qemu: Path) -> None:
@@ -298,30 +453,37 @@ def checked(qemu: Path, ours: Path) -> verify.Check:
     series = made(qemu, ours)
     folder = ours.parent / 'checks'
     folder.mkdir()
-    mails = format_patches(series, folder / 'mails',
-                           edits.letter(ours / 'edits.yaml'))
-    return verify.Check(qemu, folder, series, tuple(mails))
+    return verify.Check(qemu, folder, series,
+                        verify.mails(series, folder / 'mails'))
 
 
 def test_mail(ours: Path, qemu: Path) -> None:
-    '''The letter, and a mail a patch; an earlier run leaves nothing.'''
-    write(ours.parent, {'checks.patch': '', 'mails/0009-old.patch': ''})
-    series = made(qemu, ours)
-    mails = format_patches(series, ours.parent / 'mails',
-                           Letter('Whole', 'All of\nit.\n'))
-    assert [mail.name for mail in mails] == [
-        '0000-cover-letter.patch', '0001-scripts-one.patch',
-        '0002-scripts-all.patch']
-    assert sorted((ours.parent / 'mails').iterdir()) == mails
-    text = mails[0].read_text(encoding='utf-8')
-    assert 'Subject: [PATCH 0/2] Whole\n\nAll of\nit.\n\n' in text
+    '''A letter a part, and a mail a patch; nothing of an earlier run.'''
+    folder = ours.parent / 'mails'
+    write(folder, {'0009-old.patch': '', '1-one/0009-old.patch': '',
+                   '2-old/0001-old.patch': '', 'git/HEAD': ''})
+    mails = format_patches(made(qemu, ours), folder)
+    assert [[str(mail.relative_to(folder)) for mail in part]
+            for part in mails] == [
+        ['1-one/0000-cover-letter.patch', '1-one/0001-scripts-one.patch'],
+        ['2-all/0000-cover-letter.patch', '2-all/0001-scripts-all.patch']]
+    assert sorted(folder.rglob('*.patch')) == sorted(mails[0] + mails[1])
+    assert (folder / 'git/HEAD').is_file()
+    text = mails[1][0].read_text(encoding='utf-8')
+    assert 'Subject: [PATCH 0/1] Whole\n\nAll of\nit.\n\n' in text
     assert '***' not in text and 'Signed-off-by' not in text
     assert 'base-commit' not in text
+
+
+def test_mail_names_what_it_is_on(ours: Path, qemu: Path) -> None:
+    '''A commit that others have, and the patches of parts before.'''
     checkout(qemu)
-    mails = format_patches(made(qemu, ours), ours.parent / 'mails',
-                           Letter('Whole', ''))
-    assert f'base-commit: {run(qemu, "rev-parse", "HEAD")}' \
-        in mails[0].read_text(encoding='utf-8')
+    first, second = (part[0].read_text(encoding='utf-8') for part
+                     in format_patches(made(qemu, ours), ours.parent / 'm'))
+    base = f'base-commit: {run(qemu, "rev-parse", "HEAD")}'
+    assert base in first and base in second
+    assert 'prerequisite-patch-id' not in first
+    assert second.count('prerequisite-patch-id') == 1
 
 
 def test_round_trip(ours: Path, qemu: Path) -> None:
@@ -334,9 +496,9 @@ def test_round_trip_of_other_mail(ours: Path, qemu: Path) -> None:
     check = checked(qemu, ours)
     mail = check.mails[1]
     text = mail.read_text(encoding='utf-8')
-    mail.write_text(text.replace('+ONE = 1', '+ONE = 2'), encoding='utf-8')
+    mail.write_text(text.replace('+====', '+----'), encoding='utf-8')
     assert 'another tree' in verify.round_trip(check)[0]
-    mail.write_text(text.replace(' Testing', ' Tasting'), encoding='utf-8')
+    mail.write_text(text.replace('-# none', '-# more'), encoding='utf-8')
     with pytest.raises(SeriesError, match='git am'):
         verify.round_trip(check)
 
@@ -401,7 +563,9 @@ def commit(code: int) -> commits.Commit:
     ([399] * 15, 0), ([400], 1), ([400, 401, 1], 2), ([1] * 16, 1)])
 def test_bounds(sizes: List[int], problems: int) -> None:
     '''At most 15, each under 400.'''
-    assert len(verify.bounds(list(map(commit, sizes)))) == problems
+    part = Part('1-a', Letter('', ''), ())
+    assert len(verify.bounds(commits.Series(
+        part, '', tuple(map(commit, sizes))))) == problems
 
 
 # Proof
@@ -434,9 +598,10 @@ def fixture_real() -> Path:
     return tree.obtain(BUILD / 'downloads', print)
 
 
-def broken(name: str, text: str) -> Patch:
+def broken(name: str, text: str) -> Part:
     '''A patch that puts @text at the end of the file @name of ours.'''
-    return Patch('broken', (Edit(name, r'\Z', 'replace', text),))
+    return Part('9-broken', Letter('', ''), (
+        Patch('broken', (Edit(name, r'\Z', 'replace', text),)),))
 
 
 @pytest.mark.parametrize('name, text, problem', [
@@ -450,12 +615,12 @@ def broken(name: str, text: str) -> Patch:
 def test_patch_that_does_not_pass(real: Path, tmp_path: Path, name: str,
                                   text: str, problem: str) -> None:
     '''What is wrong with it is told, with its subject.'''
-    series = make(real, tmp_path / 'git', [*edits.load(), broken(name, text)],
-                  scratch_always=True)
-    mails = format_patches(series, tmp_path / 'mails', edits.letter())
+    series = make(real, tmp_path / 'git',
+                  [*edits.parts(), broken(name, text)], scratch_always=True)
     # The others are the next test's
-    last = commits.Made(series.git, False, series.base, series.commits[-1:])
-    check = verify.Check(real, tmp_path, last, (mails[0], mails[-1]))
+    last = commits.Made(series.git, False, series.base, series.parts[-1:])
+    check = verify.Check(real, tmp_path, last,
+                         verify.mails(last, tmp_path / 'mails'))
     found = verify.each_alone(check, lint=False)
     assert any(line.startswith('broken: ') and problem in line
                for line in found), found
