@@ -4,17 +4,20 @@ Tests of what the series mends in QEMU's own framework and tests, in a copy
 of a real QEMU tree.
 '''
 
-import ast
 import hashlib
 import io
 import os
 from pathlib import Path
+import subprocess
+import sys
 import tarfile
 
 import pytest
 
 from conftest import Answer, Server
 from fixtures_asset import Bench
+from series import edits, functional, tree
+from series.apply import changes, copy_tree
 
 pytest_plugins = ['fixtures_asset']
 
@@ -106,17 +109,89 @@ def test_archive_of_a_subclass(bench: Bench) -> None:
         url='http://nowhere.test/x.tar.gz', digest=digest)) == ['inside']
 
 
-def test_smmu_asks_about_the_emulator(qemu_tree: Path) -> None:
-    '''The first argument of kvm_available() is an architecture.'''
-    path = qemu_tree / 'tests/functional/aarch64/test_smmu.py'
-    if not os.path.exists(path):
+# A host of the guest's architecture, as far as smmu asks for it
+SMMU = '''
+import os, sys
+from test_smmu import SMMU
+class Asked(Exception):
+    pass
+class Test:
+    qemu_bin = sys.argv[1]
+    def skipTest(self, reason):
+        raise Asked(f'skipped: {reason}')
+    def require_accelerator(self, name):
+        raise Asked(name)
+os.access = lambda *args: True
+os.uname = lambda: ('Linux', 'host', '6', '1', 'aarch64')
+try:
+    SMMU.common_vm_setup(Test(), None, None, None)
+except Asked as answer:
+    print(answer)
+'''
+
+
+@pytest.fixture(name='unmodified', scope='session')
+def fixture_unmodified() -> Path:
+    '''QEMU's tree as it is.'''
+    return tree.obtain(functional.BUILD / 'downloads', functional.say)
+
+
+@pytest.fixture(name='fixed', scope='session')
+def fixture_fixed(unmodified: Path,
+                  tmp_path_factory: pytest.TempPathFactory) -> Path:
+    '''A copy with the first part of the series, and nothing else.'''
+    copy = tmp_path_factory.mktemp('fixed') / 'tree'
+    fixes = edits.parts()[0].patches
+    copy_tree(unmodified, copy, changes(unmodified, fixes, None))
+    return copy
+
+
+def accelerator(source: Path, folder: Path, *offers: str) -> str:
+    '''What smmu of the tree @source takes of what an emulator @offers.'''
+    if not (source / 'tests/functional/aarch64/test_smmu.py').is_file():
         pytest.skip('no folders in this tree: the test is left alone')
-    calls = [node for node in ast.walk(ast.parse(path.read_text('utf-8')))
-             if isinstance(node, ast.Call)
-             and isinstance(node.func, ast.Name)
-             and node.func.id == 'kvm_available']
-    assert len(calls) == 1 and not calls[0].args
-    assert [keyword.arg for keyword in calls[0].keywords] == ['qemu_bin']
+    emulator = folder / 'qemu-system-aarch64'
+    emulator.write_text('#!/bin/sh\necho Accelerators supported:\n'
+                        f'printf \'%s\\n\' {" ".join(offers)}\n', 'utf-8')
+    emulator.chmod(0o755)
+    (folder / 'Makefile.mtest').touch()
+    paths = ('python', 'tests/functional', 'tests/functional/aarch64')
+    return subprocess.run(
+        [sys.executable, '-c', SMMU, str(emulator)], check=True, cwd=folder,
+        env={**os.environ, 'PYTHONDONTWRITEBYTECODE': '1',
+             'QEMU_BUILD_ROOT': str(folder), 'MESON_BUILD_ROOT': str(folder),
+             'QEMU_TEST_QEMU_BINARY': str(emulator),
+             'PYTHONPATH': os.pathsep.join(str(source / path)
+                                           for path in paths)},
+        stdout=subprocess.PIPE, encoding='utf-8').stdout.strip()
+
+
+def test_smmu_takes_kvm(fixed: Path, qemu_tree: Path,
+                        tmp_path: Path) -> None:
+    '''Where the emulator has it, with the fix alone and with all.'''
+    assert accelerator(fixed, tmp_path, 'tcg', 'kvm') == 'kvm'
+    assert accelerator(qemu_tree, tmp_path, 'tcg', 'kvm') == 'kvm'
+    assert accelerator(fixed, tmp_path, 'tcg').startswith('skipped: ')
+
+
+def test_smmu_of_an_unmodified_tree(unmodified: Path,
+                                    tmp_path: Path) -> None:
+    '''It never does; once it does, the fix may go.'''
+    assert accelerator(unmodified, tmp_path, 'tcg', 'kvm') \
+        == 'skipped: Neither HVF nor KVM accelerator is available'
+
+
+def test_fixes_need_nothing_else(unmodified: Path, fixed: Path) -> None:
+    '''Each applies to QEMU's tree by itself, in any order.'''
+    fixes = edits.parts()[0].patches
+    assert not any(fix.files or fix.later for fix in fixes)
+    for fix in fixes:
+        # Some have nothing to do in trees of the other layout
+        assert changes(unmodified, [fix], None) or fix.edits[0].layout
+    backwards = changes(unmodified, fixes[::-1], None)
+    assert backwards
+    for name, content in backwards.items():
+        assert (fixed / name).read_bytes() == content.data
 
 
 def test_stamps_depend_on_the_registry(qemu_tree: Path) -> None:
