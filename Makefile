@@ -11,7 +11,7 @@ TERMINAL := $(shell test -t 0 || echo '< /dev/null')
 # Steps of one goal build upon each other
 .NOTPARALLEL:
 .PHONY: images check setup lint unit build check-functional series verify
-.PHONY: bench clean
+.PHONY: table bench clean
 
 images: setup
 	$(BUILDER) $(ARCH) --allow-newer
@@ -42,6 +42,10 @@ series: setup
 # Slow; TREES="<path> ..." are QEMU trees to check the series on
 verify: setup
 	$(PYTHON) -m series verify --thorough $(TREES)
+
+# QEMU's own tests on our images: what they fetch, before and after
+table: setup
+	$(PYTHON) -m series table
 
 bench: setup
 	$(PYTHON) tests/mkosi/bench.py --json build/bench.json \

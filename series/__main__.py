@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-'''The command: python -m series apply|check|run FILE|lint|patches|verify.'''
+'''
+The command: python -m series
+             apply|check|run FILE|lint|patches|verify|table
+'''
 
 import argparse
 import subprocess
 import sys
 
-from . import commits, functional, lint, tree, verify
+from . import before, commits, functional, lint, tree, verify
 from .error import SeriesError
 
 
@@ -53,6 +56,8 @@ def main() -> int:
     proof.add_argument('--thorough', action='store_true',
                        help='linters on each patch, QEMU\'s quick tests and '
                        'documentation before and after')
+    commands.add_parser('table', help='run QEMU\'s tests that are on our '
+                        'images before and after, and say what they fetch')
     args = parser.parse_args()
     try:
         status: int = {
@@ -60,6 +65,7 @@ def main() -> int:
             'check': functional.check,
             'run': lambda: functional.run_file(args.file, args.args),
             'patches': patches,
+            'table': before.main,
             'verify': lambda: verify.main(args.trees, args.thorough),
             'lint': lint.lint}[args.command]()
         return status

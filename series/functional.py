@@ -109,8 +109,14 @@ def environment() -> Dict[str, str]:
     return env
 
 
-def _shielded(bench: Bench, command: List[str]) -> List[str]:
-    if kvm.works(bench.emulators.get('x86_64')):
+def is_test(name: str) -> bool:
+    '''Whether the file @name of QEMU's tree is an architecture's test.'''
+    return _TEST.match(name) is not None
+
+
+def _shielded(bench: Bench, command: List[str],
+              hide_kvm: bool = False) -> List[str]:
+    if not hide_kvm and kvm.works(bench.emulators.get('x86_64')):
         return command
     return kvm.masked(command, bench.folder)
 
@@ -184,12 +190,14 @@ def _precache(bench: Bench, names: List[str], env: Dict[str, str]) -> None:
 
 
 def _meson_test(bench: Bench, args: Sequence[str], env: Dict[str, str],
-                quiet: bool = False) -> List[Dict[str, Any]]:
+                quiet: bool = False,
+                hide_kvm: bool = False) -> List[Dict[str, Any]]:
     '''Have meson run tests; returns what it recorded of each.'''
     log = bench.build / 'meson-logs/testlog.json'
     log.unlink(missing_ok=True)
     subprocess.run(
-        _shielded(bench, _meson('test', '-C', str(bench.build), *args)),
+        _shielded(bench, _meson('test', '-C', str(bench.build), *args),
+                  hide_kvm),
         env=env, stdin=subprocess.DEVNULL, check=False,
         stdout=subprocess.DEVNULL if quiet else None)
     if not log.is_file():
@@ -215,9 +223,32 @@ def run_suite(bench: Bench, suite: str) -> List[Dict[str, Any]]:
     return _meson_test(bench, ['--suite', suite], env, quiet=True)
 
 
+def run_files(bench: Bench,
+              files: Sequence[str]) -> Dict[str, Dict[str, Any]]:
+    '''
+    Run the tests @files one by one, as without network and KVM; returns
+    what meson recorded of those that it knows, by file.
+    '''
+    env = {**environment(), 'QEMU_TEST_NO_DOWNLOAD': '1'}
+    _configure(bench, env)
+    listed = _listed(bench, env)
+    names = [name for name, file in listed.items() if file in files]
+    if not names:
+        return {}
+    return {listed[_name(record)]: record for record in _meson_test(
+        bench, ['--num-processes=1', *names], env, quiet=True,
+        hide_kvm=True)}
+
+
+def _name(record: Dict[str, Any]) -> str:
+    '''That by which a test is run: meson records its suites, too.'''
+    name: str = record['name'].split(' / ')[-1].split(':')[-1]
+    return name
+
+
 def _count(record: Dict[str, Any]) -> Count:
     '''Print the TAP of one test, and the rest if it failed.'''
-    name = record['name'].split(' / ')[-1].split(':')[-1]
+    name = _name(record)
     count = judge(record.get('stdout') or '', record['result'],
                   record['returncode'])
     say(f'# {name}: {record["result"]}, {record["duration"]:.1f} s')
@@ -320,8 +351,7 @@ def check() -> int:
         for record in _run(bench, names, env):
             result = _count(record)
             count.add(result)
-            name = record['name'].split(' / ')[-1].split(':')[-1]
-            if name in ours:
+            if _name(record) in ours:
                 of_ours.add(result)
     skips = avoidable(of_ours, [*unlocked(), *NOT_OURS])
     return report(count, strict=skips > 0

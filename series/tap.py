@@ -8,7 +8,7 @@ done, bailed out or ended badly without a "not ok" counts as failed.
 
 from dataclasses import dataclass, field
 import re
-from typing import List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
 
 _LINE = re.compile(r'(?P<bad>not )?ok\b\s*(?P<number>\d+)?\s*-?\s*'
@@ -88,6 +88,23 @@ def parse(text: str, ended: bool = True) -> Count:
     elif plan != seen:
         count.problem(f'{plan} subtests planned, {seen} ran')
     return count
+
+
+def outcomes(text: str) -> Dict[str, Tuple[str, str]]:
+    '''
+    What came of each subtest of @text, by the last word of its name:
+    passed, skipped or failed, and the reason for which it was skipped.
+    '''
+    found: Dict[str, Tuple[str, str]] = {}
+    for line in text.splitlines():
+        match = _LINE.match(line)
+        if match:
+            count = Count()
+            _result(count, match)
+            found[match['name'].split('.')[-1]] = (
+                'failed' if count.failed else 'skipped' if count.skipped
+                else 'passed', count.skips[0][1] if count.skips else '')
+    return found
 
 
 def judge(text: str, result: str, returncode: int) -> Count:
