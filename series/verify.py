@@ -15,7 +15,7 @@ import sys
 from typing import Dict, List, Optional, Sequence, Set, Tuple
 
 from . import edits, functional, tree
-from .apply import MESON, ROOT, changes, copy_tree
+from .apply import MESON, ROOT, changes, copy_tree, our_files
 from .commits import (Commit, Git, Made, Series, format_patches, make,
                       table)
 from .error import SeriesError
@@ -72,6 +72,34 @@ def bounds(series: Series) -> List[str]:
             problems.append(f'{commit.patch.subject}: {commit.count.code} '
                             f'lines of code, expected less than {CODE}')
     return problems
+
+
+# Paths of this repository that QEMU's tree will not have
+_STRAY = re.compile(r'(?<![\w./-])(?:\./)?'
+                    r'(?:series/|tests/mkosi\b|\.ci/|build/venv\b)[\w./-]*'
+                    r'(?<![.-])|-m series\b')
+
+
+def strays(where: str, text: str) -> List[str]:
+    '''What the @text, which QEMU gets, names of what QEMU does not.'''
+    return [f'{where}:{number}: names \'{match[0]}\', which QEMU\'s tree '
+            'will not have' for number, line
+            in enumerate(text.splitlines(), 1)
+            for match in _STRAY.finditer(line)]
+
+
+def all_strays(parts: Sequence[edits.Part], root: Path = ROOT) -> List[str]:
+    '''Those of our files, of what is edited, and of what is said of it.'''
+    texts = [(name, (root / name).read_text(encoding='utf-8'))
+             for name in our_files(root) if not (root / name).is_symlink()]
+    for part in parts:
+        texts.append((f'{part.name}: letter', part.letter.text))
+        for patch in part.patches:
+            texts.append((f'{patch.subject}: message', patch.message))
+            texts += [(f'{patch.subject}: edit of {edit.file}', edit.text)
+                      for edit in patch.edits]
+    return [problem for where, text in texts
+            for problem in strays(where, text)]
 
 
 def round_trip(check: Check) -> List[str]:
@@ -344,6 +372,7 @@ def verify(source: Path, thorough: bool) -> List[str]:
         + table(made))
     problems = [*(problem for series in made.parts
                   for problem in bounds(series)),
+                *all_strays([series.part for series in made.parts]),
                 *round_trip(check), *each_alone(check, lint=thorough)]
     if thorough:
         problems += quick_tests(check)

@@ -3,7 +3,7 @@
 
 from pathlib import Path
 import subprocess
-from typing import Dict, List, Sequence
+from typing import Dict, List, Optional, Sequence
 
 import pytest
 
@@ -191,6 +191,41 @@ def test_malformed_manifest(tmp_path: Path, text: str, problem: str) -> None:
     path.write_text(text, encoding='utf-8')
     with pytest.raises(SeriesError, match=problem):
         edits.load(path)
+
+
+@pytest.mark.parametrize('text, expected', [
+    ('run ./series/built.sh.', './series/built.sh'),
+    ('in ``tests/mkosi/test_a.py``', 'tests/mkosi/test_a.py'),
+    ('in tests/mkosi, and', 'tests/mkosi'),
+    ('build/venv/bin/python x', 'build/venv/bin/python'),
+    ('python -m series check', '-m series'),
+    ('"series/"', 'series/'), ('(.ci/run)', '.ci/run'),
+    ('this series', None), ('a series.', None), ('patch series of', None),
+    ('tests/functional/mkosi/registry.yaml', None),
+    ('more/series/a', None), ('tests/mkosis', None),
+])
+def test_path_that_qemu_does_not_have(text: str,
+                                      expected: Optional[str]) -> None:
+    '''It is told with its line; a word is no path.'''
+    found = verify.strays('a.rst', f'\n{text}\n')
+    assert found == ([] if expected is None else [
+        f'a.rst:2: names \'{expected}\', which QEMU\'s tree will not have'])
+
+
+def test_qemu_gets_no_paths_of_ours() -> None:
+    '''Neither in files and edits nor in what is said of them.'''
+    assert not verify.all_strays(edits.parts())
+
+
+def test_where_paths_are_looked_for(ours: Path) -> None:
+    '''In files, letters, messages and edits.'''
+    name = 'series/x'
+    write(ours, {'docs/tool.rst': name})
+    part = Part('1-a', Letter('', name), (
+        Patch('one', (Edit('f', '', 'after', name),), message=name),))
+    assert [line.split(':1: ')[0] for line
+            in verify.all_strays([part], ours)] == [
+        'docs/tool.rst', '1-a: letter', 'one: message', 'one: edit of f']
 
 
 PATTERN = '(?s)^    ASSET_KERNEL = Asset\\(.*?277cd\\w+\'\\)$'
