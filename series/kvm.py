@@ -4,6 +4,9 @@ Hides a /dev/kvm that does not work.
 
 What works is for qemu_test/kvm.py to say, which the tests of the series
 ask themselves; this is for all the others, which then hang or abort.
+
+python -m series.kvm EMULATOR FOLDER COMMAND... runs a command like that;
+what it takes for that goes into the folder.
 '''
 
 from importlib.util import module_from_spec, spec_from_file_location
@@ -11,6 +14,8 @@ import os
 from pathlib import Path
 import platform
 import shutil
+import subprocess
+import sys
 from types import ModuleType
 from typing import List, Optional
 
@@ -58,3 +63,21 @@ def masked(command: List[str], folder: Path) -> List[str]:
         command = ['unshare', '--user', f'--map-user={os.getuid()}',
                    f'--map-group={os.getgid()}', '--', *command]
     return [*wrapper, 'sh', '-c', mount, str(cover), *command]
+
+
+def _run(emulator: str, folder: str, *command: str) -> int:
+    if works(emulator) or not os.access(NODE, os.R_OK | os.W_OK):
+        return subprocess.run(command, check=False).returncode
+    if subprocess.run(masked(['true'], Path(folder)), check=False,
+                      stderr=subprocess.DEVNULL).returncode:
+        print(f'{emulator} runs no code with KVM: {NODE} can\'t be hidden '
+              'here', file=sys.stderr, flush=True)
+        return subprocess.run(command, check=False).returncode
+    print(f'{emulator} runs no code with KVM: {NODE} is hidden from '
+          + ' '.join(command), file=sys.stderr, flush=True)
+    return subprocess.run(masked(list(command), Path(folder)),
+                          check=False).returncode
+
+
+if __name__ == '__main__':
+    sys.exit(_run(*sys.argv[1:]))

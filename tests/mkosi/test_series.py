@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 import shutil
 import subprocess
+import sys
 import tarfile
 from typing import Any, Dict, List, Tuple
 
@@ -584,6 +585,10 @@ def test_boot_sector_is_bootable() -> None:
     assert kvm.probe.boot_sector().endswith(b'\x55\xaa')
 
 
+ACCESS = ['python3', '-c', 'import os, sys; '
+          'sys.exit(os.access("/dev/kvm", os.R_OK | os.W_OK))']
+
+
 def test_masked_node_is_refused(tmp_path: Path) -> None:
     '''Even root is refused write access, and nobody else is disturbed.'''
     node = Path(kvm.NODE)
@@ -592,12 +597,45 @@ def test_masked_node_is_refused(tmp_path: Path) -> None:
     if subprocess.run(['unshare', '--mount', 'true'], check=False,
                       stderr=subprocess.DEVNULL).returncode:
         pytest.skip('this host allows no mount namespaces')
-    probe = ['python3', '-c', 'import os, sys; '
-             'sys.exit(os.access("/dev/kvm", os.R_OK | os.W_OK))']
-    assert subprocess.run(probe, check=False).returncode == 1
-    assert subprocess.run(kvm.masked(probe, tmp_path),
+    assert subprocess.run(ACCESS, check=False).returncode == 1
+    assert subprocess.run(kvm.masked(ACCESS, tmp_path),
                           check=False).returncode == 0
-    assert subprocess.run(probe, check=False).returncode == 1
+    assert subprocess.run(ACCESS, check=False).returncode == 1
+
+
+@pytest.mark.parametrize('emulator', ['/nowhere/qemu-system-x86_64',
+                                      '/nowhere/qemu-system-vax'])
+def test_command_without_kvm(tmp_path: Path, emulator: str) -> None:
+    '''The command gets its status through, and what is hidden is said.'''
+    def run(*command: str) -> 'subprocess.CompletedProcess[str]':
+        return subprocess.run(
+            [sys.executable, '-m', 'series.kvm', emulator, str(tmp_path),
+             *command], cwd=apply.ROOT, check=False, stderr=subprocess.PIPE,
+            encoding='utf-8')
+
+    assert run('sh', '-c', 'exit 7').returncode == 7
+    done = run(*ACCESS)
+    if not os.access(kvm.NODE, os.R_OK | os.W_OK):
+        assert (done.returncode, done.stderr) == (0, '')
+    elif 'can\'t be hidden' not in done.stderr:
+        assert done.returncode == 0
+        assert done.stderr.startswith(f'{emulator} runs no code with KVM: '
+                                      '/dev/kvm is hidden from python3 ')
+
+
+def test_command_where_nothing_can_be_hidden(tmp_path: Path) -> None:
+    '''It runs all the same, after a line that says so.'''
+    if not os.access(kvm.NODE, os.R_OK | os.W_OK):
+        pytest.skip(f'no access to {kvm.NODE}')
+    (tmp_path / 'unshare').write_text('#!/bin/sh\nexit 1\n', 'utf-8')
+    (tmp_path / 'unshare').chmod(0o755)
+    path = f'{tmp_path}:{os.environ["PATH"]}'
+    done = subprocess.run(
+        [sys.executable, '-m', 'series.kvm', '/nowhere/qemu', str(tmp_path),
+         'sh', '-c', 'exit 7'], cwd=apply.ROOT, check=False,
+        env={**os.environ, 'PATH': path}, stderr=subprocess.PIPE,
+        encoding='utf-8')
+    assert done.returncode == 7 and 'can\'t be hidden' in done.stderr
 
 
 # Setting the host up
