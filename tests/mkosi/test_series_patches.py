@@ -639,6 +639,7 @@ def broken(name: str, text: str) -> Part:
         Patch('broken', (Edit(name, r'\Z', 'replace', text),)),))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name, text, problem', [
     ('scripts/mkosi_build/error.py', 'ONE = 1  \n', 'ERROR: trailing white'),
     ('scripts/mkosi_build/error.py', '\nif\n', 'compileall'),
