@@ -44,6 +44,8 @@ IMAGE = 'debian-min'
 HOST = build.host_architecture()
 MARKER = 'FLOOR-IS-HERE'
 GIB = 1 << 30
+# Of the registry that is read
+ENTRIES = 10000
 # Seconds until a boot counts as failed
 PATIENCE = 120
 
@@ -401,6 +403,57 @@ def bench_fetch(tree: Path, work: Path) -> List[Row]:
             for row in rows_of(found, 'Asset', {'MkosiAsset': 1 / 50})]
 
 
+# Reads the registry of its first argument with PyYAML, and as tests do
+LOAD = '''
+import pathlib, sys, time, yaml
+from mkosi_build import registry
+path = pathlib.Path(sys.argv[1])
+plain = getattr(yaml, 'CSafeLoader', yaml.SafeLoader)
+text = path.read_text()
+start = time.perf_counter()
+known = yaml.load(text, Loader=plain)
+print('plain', time.perf_counter() - start)
+del known
+start = time.perf_counter()
+found = registry.load(path)
+print('load', time.perf_counter() - start)
+name = list(found.images)[-1]
+start = time.perf_counter()
+registry.load(path).image(name).target(sys.argv[2])
+print('look-up', time.perf_counter() - start)
+'''
+
+
+def bench_registry(work: Path, rounds: int) -> List[Row]:
+    '''
+    A registry of 10,000 images, each for one architecture: to load it with
+    all checks, beside PyYAML that reads it with none; and to find an image
+    again in the same process.
+    '''
+    lines = registry.DEFAULT.read_text(encoding='utf-8').splitlines(True)
+    start = lines.index(f'  {IMAGE}:\n') + 1
+    end = lines.index('      aarch64:\n')
+    image = ''.join(line for line in lines[start:end]
+                    if not line.lstrip().startswith('#'))
+    path = work / 'registry.yaml'
+    path.write_text('schema: 1\nimages:\n' + ''.join(
+        f'  image-{number}:\n{image}' for number in range(ENTRIES)))
+    found: Dict[str, List[float]] = {'plain': [], 'load': [], 'look-up': []}
+    for _ in range(rounds):
+        told = subprocess.run(
+            [sys.executable, '-c', LOAD, path, 'x86_64'],
+            env={**os.environ, 'PYTHONPATH': str(ROOT / 'scripts')},
+            stdout=subprocess.PIPE, text=True, check=True)
+        for line in told.stdout.splitlines():
+            name, seconds = line.split()
+            found[name].append(float(seconds))
+    # Checks and line numbers shall cost no more than what they save. A test
+    # looks up thrice, once an artefact
+    return [replace(row, name=f'{ENTRIES} images: {row.name}')
+            for row in rows_of(found, 'plain', {'load': 1.0,
+                                                'look-up': 1e-3})]
+
+
 def table(rows: Sequence[Row]) -> str:
     '''@rows for a person.'''
     lines = [f'{"MEASURE":34} {"MEDIAN":>12} {"SPREAD":>7} {"RATIO":>8} '
@@ -453,6 +506,7 @@ def main() -> int:
             rows += bench_boot(job, result, peer, work, arguments.rounds)
             rows += bench_bytes(job, result, peer)
         rows += bench_fetch(arguments.tree, work)
+        rows += bench_registry(work, 3)
         if arguments.builds:
             job = build.prepare(known, known.image(IMAGE), HOST)
             rows += bench_build(plain_mkosi(job, cache, report, work), work,
