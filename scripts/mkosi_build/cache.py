@@ -6,7 +6,9 @@ The folders on this machine: the builder's own and QEMU's asset cache.
         store/<sha256>          a package, whole and verified
         tools/<digest>/         an unpacked tools tree
         images/<image>/<arch>/<identity>/
-                                artefacts of one build, and record.json
+                                artefacts of one build, record.json,
+                                provenance.json, packages.spdx.json
+        declared/<sha256>.json  the copyright files of a package
         work/<name>/            what is being made; stale once its lock is free
         log/<name>.log          mkosi's words in the last build
         locks/<name>            held with flock() while <name> is made
@@ -36,7 +38,7 @@ from .error import BuildError, HostError
 
 
 # What neither mkosi's options nor apt's lists of sources take for syntax
-_PLAIN = re.compile(r'[\w/.,+@=~-]+')
+_PLAIN = re.compile(r'[\w/.+@=~-]+')
 
 
 def host_error(error: OSError, doing: str) -> BuildError:
@@ -135,6 +137,18 @@ def remove_tree(path: Path) -> None:
         shutil.rmtree(path, onerror=grant)
 
 
+def mark_used(path: Path) -> None:
+    '''
+    Let @path, which is about to be used, have been modified now: what was
+    used a short while ago is not pruned.
+    '''
+    try:
+        os.utime(path)
+    except OSError:
+        # A cache that is only read here is pruned by its owner
+        pass
+
+
 class Cache:
     '''The folders above. Raises HostError where they can't be made.'''
 
@@ -155,7 +169,7 @@ class Cache:
         if not _PLAIN.fullmatch(str(self.root)):
             raise HostError(
                 f'{self.root}: mkosi and apt can\'t work below a path with '
-                'other characters than letters, digits and /._,+@=~-',
+                'other characters than letters, digits and /._+@=~-',
                 next_step='point QEMU_MKOSI_DIR at another folder')
         for folder in (self.root, self.assets):
             probe = folder / f'.probe.{os.getpid()}'

@@ -30,6 +30,7 @@ from .nodes import (
     items,
     listed,
     mapping,
+    no_collection,
     reads,
     shown,
     suggestion,
@@ -60,7 +61,12 @@ _RATIO = re.compile(r'[0-9]{1,6}(\.[0-9]{1,6})?')
 _DEVICE = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]*')
 _ARGUMENT = re.compile(r'[!-~]+')
 _LINE = re.compile(r'[ -~]*[!-~][ -~]*')
-_STORE = re.compile(r'(https?|file)://[A-Za-z0-9._~:/%@+-]+')
+# A host, be it by IPv6 address, with port and path; or an absolute folder
+_STORE = re.compile(
+    r'https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?'
+    r'(/[A-Za-z0-9._~:/%@+-]*)?'
+    r'|/+[A-Za-z0-9._~:%@+-][A-Za-z0-9._~:/%@+-]*')
+_USER = re.compile(r'[^/]*//[^/]*@')
 _MIRROR = re.compile(
     r'(https?|file)://([A-Za-z0-9._~:/%@+-]|\{arch\})+')
 
@@ -146,7 +152,10 @@ class Image:
 
 @dataclass(frozen=True)
 class Registry:
-    '''A whole registry; @stores are base URLs, without a slash at the end'''
+    '''
+    A whole registry; @stores are http and https URLs and absolute folders,
+    without a slash at the end
+    '''
     path: Path
     stores: Tuple[str, ...]
     images: Mapping[str, Image]
@@ -206,8 +215,9 @@ def parse(path: Path, text: str) -> Registry:
     Returns what is in it. Raises RegistryError, or YAMLMissingError
     '''
     place = Place(path.name)
-    root = compose(text, place)
-    return _read_registry(path, root, place)
+    with no_collection():
+        root = compose(text, place)
+        return _read_registry(path, root, place)
 
 
 def overridden(path: Path, name: str, target: Target) -> Optional[Target]:
@@ -264,11 +274,21 @@ _read_device = reads(STRING, _DEVICE, 'the name of a device')
 _read_argument = reads(STRING, _ARGUMENT,
                        'one argument, without white space')
 _read_line = reads(STRING, _LINE, 'a line of printable ASCII')
-_read_url = reads(STRING, _STORE, 'an http, https or file URL')
+_read_location = reads(STRING, _STORE,
+                       'an http or https URL, or an absolute folder')
 _read_mirror = reads(STRING, _MIRROR, 'an http, https or file URL, in which '
                      '{arch} stands for the architecture')
 _read_digits = reads(NUMBER, _INTEGER, 'a positive whole number')
 _read_ratio = reads(NUMBER, _RATIO, 'a positive number')
+
+
+def _read_store(node: Node, place: Place) -> str:
+    # Not shown: it should not be here, and less so in logs
+    if node.kind == 'scalar' and _USER.match(node.text):
+        raise replace(place, line=node.line).error(
+            'expected a store that all may read, found a URL with a user '
+            'name or password')
+    return _read_location(node, place)
 
 
 def _read_text(node: Node, place: Place) -> str:
@@ -315,7 +335,7 @@ def _read_registry(path: Path, root: Node, place: Place) -> Registry:
             f'expected schema {SCHEMA}, found {schema}')
     pairs = fields(root, place, ('schema', 'images'), ('stores',))
 
-    stores = _read_urls(pairs, 'stores', place, _read_url)
+    stores = _read_urls(pairs, 'stores', place, _read_store)
     images = {}
     for name, node in mapping(pairs['images'], place).items():
         _check_key(name, node, place)

@@ -5,26 +5,23 @@ has them. The hash decides, not the source: a file is used if its size and
 SHA-256 are the lock's, wherever it came from.
 '''
 
-import base64
 import configparser
-import errno
-import http.client
 import os
 import queue
 import re
 import threading
-import urllib.error
 import urllib.parse
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 from . import command
-from .cache import Cache, host_error, naming, sha256_file
+from .cache import Cache, host_error, mark_used, sha256_file
 from .error import FetchError, HostError
 from .lock import Package
 from .report import Report
+from .transfer import (LIMITS, PAUSE, TRIES, Failed, TransferError, check,
+                       transfer_from_any)
 
 # QEMU's name of an architecture to Debian's; Fedora's are the same
 DEBIAN_ARCHITECTURES = {'x86_64': 'amd64', 'aarch64': 'arm64'}
@@ -33,14 +30,6 @@ DEBIAN_ARCHITECTURES = {'x86_64': 'amd64', 'aarch64': 'arm64'}
 YUM_REPOS = Path('/etc/yum.repos.d')
 
 CONNECTIONS = 8
-# Seconds without a byte before a connection counts as dead
-TIMEOUT = 30
-TRIES = 3
-# Seconds, times the number of tries so far, before the next one
-PAUSE = 1
-# What this machine, not a mirror, is to blame for
-LOCAL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
-
 
 # A package, and what went wrong with it
 _End = Tuple[Package, Optional[Exception]]
@@ -61,14 +50,6 @@ class GoneError(FetchError):
             'has them; or lock newer ones with --update-lock; or build '
             'unlocked, for this machine alone, with --allow-newer')
         self.packages = tuple(packages)
-
-
-class _Gone(Exception):
-    '''This mirror says that it does not have the file.'''
-
-
-class _Bad(Exception):
-    '''This mirror sent something else; the message says what.'''
 
 
 def hide_password(url: str) -> str:
@@ -164,108 +145,13 @@ def first_with(mirrors: Sequence[str], location: str) -> str:
     said = []
     for mirror in mirrors:
         try:
-            with urllib.request.urlopen(_request(f'{mirror}/{location}'),
-                                        timeout=TIMEOUT):
-                return mirror
-        except (OSError, http.client.HTTPException, ValueError) as e:
+            check(f'{mirror}/{location}', LIMITS)
+            return mirror
+        except TransferError as e:
             said.append(f'{hide_password(mirror)}: {e}')
     raise FetchError(f'no mirror has {location}: {"; ".join(said)}',
                      next_step='set QEMU_MKOSI_MIRROR to the URL of one that '
                      'has it')
-
-
-def _request(url: str) -> urllib.request.Request:
-    '''
-    A request for @url, of which user name and password become a header
-    that is not told to whom the mirror redirects.
-    '''
-    # Not all servers take a caret, which Fedora's versions have
-    parts = urllib.parse.urlsplit(url.replace('^', '%5E'))
-    user, _, host = parts.netloc.rpartition('@')
-    request = urllib.request.Request(
-        urllib.parse.urlunsplit(parts._replace(netloc=host)))
-    if user:
-        token = base64.b64encode(urllib.parse.unquote(user).encode())
-        request.add_unredirected_header('Authorization',
-                                        f'Basic {token.decode()}')
-    return request
-
-
-def _resumes(response: 'http.client.HTTPResponse', have: int,
-             size: int) -> bool:
-    '''
-    Whether @response goes on after @have bytes, or starts anew. Raises
-    _Bad if neither can end in @size bytes.
-    '''
-    if response.status == 206:
-        found = response.headers.get('Content-Range', '')
-        if not re.fullmatch(rf'bytes {have}-{size - 1}/({size}|\*)', found):
-            raise _Bad(f'expected bytes {have}-{size - 1}/{size}, '
-                       f'found {found!r}')
-        return True
-    length = response.headers.get('Content-Length', str(size))
-    if length != str(size):
-        raise _Bad(f'expected {size} bytes, found {length}')
-    return False
-
-
-def _copy(response: 'http.client.HTTPResponse', part: Path, size: int,
-          append: bool, stop: threading.Event) -> None:
-    with naming(part), open(part, 'ab' if append else 'wb') as file:
-        while chunk := response.read(1 << 16):
-            if stop.is_set():
-                raise InterruptedError('stopped')
-            file.write(chunk)
-            if file.tell() > size:
-                raise _Bad(f'expected {size} bytes, found more')
-    found = part.stat().st_size
-    if found < size:
-        # Kept: the next try goes on from here
-        raise ConnectionError(f'connection closed after {found} of '
-                              f'{size} bytes')
-
-
-def _transfer(url: str, part: Path, package: Package,
-              stop: threading.Event) -> None:
-    '''
-    Fetch @url into @part, from where an earlier try ended. Raises _Gone,
-    _Bad, or OSError (URLError among them) for what may pass.
-    '''
-    have = part.stat().st_size if part.exists() else 0
-    if have < package.size:
-        request = _request(url)
-        if have:
-            request.add_header('Range', f'bytes={have}-')
-        try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as resp:
-                append = _resumes(resp, have, package.size)
-                _copy(resp, part, package.size, append, stop)
-        except urllib.error.HTTPError as e:
-            if e.code in (404, 410):
-                raise _Gone(f'HTTP error {e.code}') from e
-            if e.code == 416:
-                raise _Bad(f'HTTP error {e.code}') from e
-            raise
-        except urllib.error.URLError as e:
-            if isinstance(e.reason, FileNotFoundError):
-                raise _Gone('no such file') from e
-            raise
-    found = sha256_file(part)
-    if found != package.sha256:
-        raise _Bad(f'expected SHA-256 {package.sha256}, found {found}')
-
-
-def _try_mirror(url: str, part: Path, package: Package,
-                stop: threading.Event) -> None:
-    '''_transfer(), and again if what was in @part may be to blame.'''
-    resumed = part.exists()
-    try:
-        _transfer(url, part, package, stop)
-    except _Bad:
-        part.unlink(missing_ok=True)
-        if not resumed:
-            raise
-        _transfer(url, part, package, stop)
 
 
 class Store:
@@ -289,6 +175,7 @@ class Store:
         try:
             if (path.stat().st_size == package.size
                     and sha256_file(path) == package.sha256):
+                mark_used(path)
                 return True
             path.unlink()
         except FileNotFoundError:
@@ -388,38 +275,20 @@ class Store:
     def _fetch_one(self, package: Package, mirrors: Sequence[str],
                    stop: threading.Event) -> None:
         part = self.folder / f'{package.sha256}.part'
-        gone: List[str] = []
-        said: Dict[str, str] = {}
-        for attempt in range(TRIES):
-            # Patience grows with each round
-            stop.wait(attempt * PAUSE)
-            for mirror in mirrors:
-                if stop.is_set():
-                    raise FetchError(f'{package.name}: stopped')
-                if mirror in gone:
-                    continue
-                try:
-                    _try_mirror(f'{mirror}/{package.location}', part,
-                                package, stop)
-                    # Readable, and nobody's to modify by accident
-                    os.chmod(part, 0o444)
-                    os.replace(part, self.path(package))
-                    return
-                except _Gone as e:
-                    gone.append(mirror)
-                    said[mirror] = str(e)
-                except _Bad as e:
-                    part.unlink(missing_ok=True)
-                    said[mirror] = str(e)
-                except (OSError, http.client.HTTPException,
-                        ValueError) as e:
-                    if getattr(e, 'errno', None) in LOCAL_ERRORS:
-                        raise
-                    said[mirror] = (str(e).splitlines() or [repr(e)])[0]
-            if len(gone) == len(mirrors):
-                raise GoneError([package], mirrors)
-        reasons = '; '.join(f'{hide_password(mirror)}: {why}'
-                            for mirror, why in said.items())
-        raise FetchError(f'{package.name} {package.version} can\'t be '
-                         f'fetched: {reasons}', next_step='try again, or '
-                         'set QEMU_MKOSI_MIRROR to another mirror')
+        urls = {f'{mirror}/{package.location}': mirror
+                for mirror in mirrors}
+        try:
+            transfer_from_any(list(urls), part, package.size, package.sha256,
+                              limits=LIMITS, tries=TRIES, pause=PAUSE,
+                              stop=stop)
+        except Failed as e:
+            if e.missing:
+                raise GoneError([package], mirrors) from e
+            reasons = '; '.join(f'{hide_password(urls[url])}: {why}'
+                                for url, why in e.said.items())
+            raise FetchError(f'{package.name} {package.version} can\'t be '
+                             f'fetched: {reasons}', next_step='try again, or '
+                             'set QEMU_MKOSI_MIRROR to another mirror') from e
+        # Readable, and nobody's to modify by accident
+        os.chmod(part, 0o444)
+        os.replace(part, self.path(package))

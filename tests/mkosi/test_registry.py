@@ -304,9 +304,18 @@ WRONG = [
                   'http://m.example/{arhc}', 'http://m.example/{arch',
                   'http://m.example/arch}', 'http://m.example/{{arch}}',
                   'http://m.example/a b', 'http://m.example/$basearch')],
-    ('https://store', 'ftp://store', 'expected an http, https or file URL'),
-    ('https://store', 'https://user name@store', 'an http, https or file'),
-    ('/images/ ', '/images/?a=b ', 'expected an http, https or file URL'),
+    *[('https://store.example/images/', f"'{store}'",
+       'expected an http or https URL, or an absolute folder, found the '
+       f"string '{store}'")
+      for store in ('ftp://store', 'file:///srv/images', 'https://s?a=b',
+                    'https://s#a', 'https:///images', 'store.example',
+                    'http://[::1', 'http://s:port', 'srv/images', './images',
+                    '/', '//', '/srv/my images', '~/images', 'HTTP://s')],
+    *[('https://store.example/images/', f"'{store}'", 'expected a store '
+       'that all may read, found a URL with a user name or password')
+      for store in ('https://user:pw@store', 'http://user@store/x',
+                    'https://user name:p w@store', 'ftp://a:b@store',
+                    '//user@store')],
     # YAML that a registry has no use for
     ('packages: 120', 'packages: !!int 120',
      "tag 'tag:yaml.org,2002:int' is not allowed"),
@@ -328,6 +337,21 @@ WRONG = [
      'lines that end in LF alone'),
     ('packages: 120', 'packages: 120 #\u2028', 'character U+2028'),
 ]
+
+
+@pytest.mark.parametrize('store', [
+    'http://store', 'http://127.0.0.1:8080/a', 'http://[::1]:8080/images',
+    'https://s.example/api/v4/projects/me%2Fqemu/packages/generic/a/1.0~x',
+    'https://s/@v1/x', '/srv/images', '/srv/a@b:c/images', '//srv'])
+def test_store(tmp_path: Path, store: str) -> None:
+    '''What stores may look like; slashes at the end are of no meaning.'''
+    text, line = changed('https://store.example/images/', f"'{store}//'")
+    assert load(tmp_path, text).stores == (store,)
+    secret, _ = changed('https://store.example/images/',
+                        "'https://me:s3cret@store'")
+    error = refusal(tmp_path, secret)
+    assert error.startswith(f'registry.yaml:{line}: ')
+    assert 's3cret' not in error
 
 
 @pytest.mark.parametrize('old, new, message', WRONG)
@@ -364,7 +388,7 @@ def test_line(tmp_path: Path, old: str, new: str, back: int) -> None:
     (b'schema: 1\nimages:\n', 'expected a mapping, found the empty value'),
     (b'schema: 1\nimages: {}\n\xff', 'registry.yaml:3: not UTF-8'),
     (b'\xef\xbb\xbfschema: 1\nimages: {}\n', 'character U+FEFF'),
-    (b'#' * (1 << 20) + b'\n', 'larger than 1048576 bytes'),
+    (b'#' * (32 << 20) + b'\n', 'larger than 33554432 bytes'),
     (b'[' * (1 << 19), 'more than 16 levels deep'),
     (b'schema: 1\nimages: {a: {architectures: {}, description: d, '
      b'definition: d, distribution: d, release: d}}\n',

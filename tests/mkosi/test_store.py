@@ -21,6 +21,7 @@ from mkosi_build.error import FetchError
 from mkosi_build.lock import Package
 from mkosi_build.report import Report
 from mkosi_build.store import GoneError, Store, first_with, host_mirrors
+from mkosi_build.transfer import TRIES, Limits
 
 pytest_plugins = ['fixtures_builder']
 
@@ -50,7 +51,7 @@ def fixture_store(tmp_path: Path, faults: FaultServer,
     monkeypatch.setenv('APT_CONFIG', str(tmp_path / 'apt.conf'))
     monkeypatch.setenv('QEMU_MKOSI_DIR', str(tmp_path / 'cache'))
     monkeypatch.setenv('QEMU_MKOSI_MIRROR', faults.url)
-    monkeypatch.setattr(stores, 'TIMEOUT', 0.3)
+    monkeypatch.setattr(stores, 'LIMITS', Limits(silence=0.3))
     monkeypatch.setattr(stores, 'PAUSE', 0.01)
     return Store(Cache(), Report(stream=io.StringIO()))
 
@@ -139,7 +140,7 @@ def test_broken_transfer_goes_on_in_the_next_run(
         store: Store, faults: FaultServer) -> None:
     '''What a failed run had is not asked for again.'''
     faults.answers[PATH] = [short(BODY, 70_000), status(500)]
-    assert 'HTTP Error 500' in refused(store)
+    assert 'HTTP error 500' in refused(store)
     assert part(store).stat().st_size == 70_000
     faults.answers[PATH] = [ranged(BODY)]
     fetch(store)
@@ -195,7 +196,7 @@ def test_damaged_later(damage: bytes, store: Store,
 # Faults that stay
 
 @pytest.mark.parametrize('answers, expected, kept', [
-    ([short(BODY, 100), status(500)], 'HTTP Error 500', 100),
+    ([short(BODY, 100), status(500)], 'HTTP error 500', 100),
     ([short(BODY, 100), short(BODY, 100), short(BODY, 100)],
      f'connection closed after 100 of {len(BODY)} bytes', 100),
     ([whole(OTHER)], f'expected SHA-256 {HELLO.sha256}, found '
@@ -206,8 +207,8 @@ def test_damaged_later(damage: bytes, store: Store,
     ([unsized(BODY + b'x')], f'expected {len(BODY)} bytes, found more', None),
     ([wrong_range(BODY)], f"expected bytes 0-{len(BODY) - 1}/{len(BODY)}, "
      f"found 'bytes 1-2/{len(BODY)}'", None),
-    ([status(403)], 'HTTP Error 403', None),
-    ([status(500)], 'HTTP Error 500', None),
+    ([status(403)], 'HTTP error 403', None),
+    ([status(500)], 'HTTP error 500', None),
     ([reset], 'Connection reset', None),
     ([silence], 'timed out', None),
     ([redirect(PATH)], 'infinite loop', None),
@@ -245,7 +246,7 @@ def test_first_hard_failure_stops_the_others(
     monkeypatch.setattr(faults, 'otherwise', status(500))
     said = refused(store, *packages)
     assert said.startswith(('p0 ', 'p1 '))
-    assert len(faults.asked) <= 3 * stores.TRIES
+    assert len(faults.asked) <= 3 * TRIES
 
 
 # Gone
@@ -302,9 +303,9 @@ def test_gone_means_gone_from_all(store: Store, faults: FaultServer,
     faults.answers[f'/b{PATH}'] = [status(500)]
     said = refused(store)
     assert f'{faults.url}/a: HTTP error 404' in said
-    assert f'{faults.url}/b: HTTP Error 500' in said
+    assert f'{faults.url}/b: HTTP error 500' in said
     assert faults.asked.count(f'/a{PATH}') == 1
-    assert faults.asked.count(f'/b{PATH}') == stores.TRIES
+    assert faults.asked.count(f'/b{PATH}') == TRIES
 
 
 def test_credentials_are_used_and_not_shown(
@@ -450,7 +451,7 @@ def test_first_with(faults: FaultServer, tmp_path: Path) -> None:
     assert first_with(mirrors, 'there') == faults.url
     with pytest.raises(FetchError) as e:
         first_with(mirrors, 'nowhere')
-    for mirror in ('http://127.0.0.1:1: ', f'{faults.url}: HTTP Error 404',
+    for mirror in ('http://127.0.0.1:1: ', f'{faults.url}: HTTP error 404',
                    f'file://{tmp_path}/none: '):
         assert mirror in e.value.message
     assert 'secret' not in str(e.value)
