@@ -6,7 +6,6 @@ An image is found by its name in tests/functional/mkosi/registry.yaml,
 which has the hashes that its files must have.
 '''
 
-import errno
 import logging
 import os
 import subprocess
@@ -19,8 +18,9 @@ from pathlib import Path
 from typing import (TYPE_CHECKING, Any, Deque, Dict, List, Optional,
                     Tuple)
 
+from . import mkosi_fetch
 from .asset import Asset, AssetError
-from .mkosi_verified import problem_of, sha256_of, write_atomically
+from .mkosi_verified import problem_of, write_atomically
 
 if TYPE_CHECKING:
     from mkosi_build.registry import Artefact, Boot, Registry, Target
@@ -35,10 +35,6 @@ BUILDER = ROOT / 'scripts' / 'mkosi-build.py'
 # Exit codes of the builder for what the host lacks or what cannot be
 # downloaded: nothing that is wrong with the test or the image
 TRANSIENT_EXIT_CODES = (4, 5)
-
-# How the operating system says that a cache cannot be written to
-CACHE_ERRORS = (errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.ENOTDIR,
-                errno.EPERM, errno.EROFS)
 
 
 def _import_registry() -> Tuple[Any, Any]:
@@ -212,10 +208,10 @@ class MkosiAsset(Asset):
 
     def fetch(self) -> str:
         '''
-        Get the file, and those it is of use with, into the cache: by
-        download from a store of the registry, or else, if
-        QEMU_TEST_BUILD_IMAGES is set, by building the image. Returns
-        the file's path
+        Get the file, and those it is of use with, into the cache: from
+        the first store that has it, of QEMU_TEST_MKOSI_STORES if that is
+        set, else of the registry; or else, if QEMU_TEST_BUILD_IMAGES is
+        set, by building the image. Returns the file's path
         '''
         found = self._look_up()
         problem = self._problem(found)
@@ -292,7 +288,11 @@ class MkosiAsset(Asset):
                 raise _Unusable(e.message) from e
             if overridden is not None:
                 return _Found(overridden, (), override)
-        return _Found(target, known.stores, None)
+        try:
+            stores = mkosi_fetch.stores_of_environment()
+        except mkosi_fetch.NotFetched as e:
+            raise _Unusable(e.msg, e.transient) from e
+        return _Found(target, tuple(stores) or known.stores, None)
 
     def _look_up(self) -> _Found:
         try:
@@ -316,9 +316,8 @@ class MkosiAsset(Asset):
             return f'cannot be built yet: {found.target.not_locked}'
         if not found.target.built:
             return 'not built yet, so the registry has no hashes of it'
-        refresh = os.getenv('QEMU_TEST_REFRESH_CACHE') is not None
         for artefact in self._needed(found):
-            problem = self._problem_of(artefact, refresh)
+            problem = self._problem_of(artefact, _refresh())
             if problem is not None:
                 return f'{artefact.kind} {problem}'
         return None
@@ -383,39 +382,18 @@ class MkosiAsset(Asset):
 
     def _download(self, found: _Found) -> None:
         for artefact in self._needed(found):
-            if self._problem_of(artefact) is not None:
-                self._download_file(artefact, found.stores)
-
-    def _download_file(self, artefact: 'Artefact',
-                       stores: Tuple[str, ...]) -> None:
-        '''Try one store after the other; the hash decides, not the store'''
-        for store in stores:
-            asset = _StoreAsset(f'{store}/{artefact.sha256}',
-                                artefact.sha256)
+            assert artefact.size is not None
+            if self._problem_of(artefact, _refresh()) is None:
+                continue
             try:
-                asset.fetch()
-                return
-            except (AssetError, OSError) as e:
-                error = self._explained(e, asset)
-                self.log.error('%s', error)
-        raise error
-
-    def _explained(self, error: Exception,
-                   asset: '_StoreAsset') -> AssetError:
-        '''What is behind an error of a download, and what to do about it'''
-        cause: Optional[BaseException] = error
-        while cause is not None:
-            if isinstance(cause, OSError) and cause.errno in CACHE_ERRORS:
-                return self._cache_error(cause)
-            cause = cause.__cause__ or cause.__context__
-        if asset.actual not in (None, asset.hash):
-            return AssetError(self, f'{asset.url} has SHA-256 '
-                                    f'{asset.actual}, expected {asset.hash}')
-        if isinstance(error, AssetError):
-            return AssetError(self, f'{asset.url}: {error.msg}',
-                              error.transient)
-        # Another process downloaded the same file, and gave up
-        return AssetError(self, f'{asset.url}: {error}', transient=True)
+                mkosi_fetch.fetch(self._path(artefact), artefact.size,
+                                  found.stores, self.log, _refresh())
+            except mkosi_fetch.NotFetched as e:
+                raise AssetError(
+                    self, self._advice(found, f'{artefact.kind}: {e.msg}'),
+                    e.transient) from e
+            except OSError as e:
+                raise self._cache_error(e) from e
 
     def _cache_error(self, error: OSError) -> AssetError:
         return AssetError(
@@ -451,20 +429,12 @@ class MkosiAsset(Asset):
             raise AssetError(self, f'built, but {problem}')
 
 
-class _StoreAsset(Asset):
-    '''A file of a store, which remembers the hash that it came with'''
-    def __init__(self, url: str, hashsum: Optional[str]) -> None:
-        super().__init__(url, hashsum)
-        self.actual: Optional[str] = None
-
-    def _check(self, cache_file: Path) -> bool:
-        with open(cache_file, 'rb') as file:
-            self.actual = sha256_of(file)
-        return bool(self.actual == self.hash)
-
-
 def _may_build() -> bool:
     return bool(os.environ.get('QEMU_TEST_BUILD_IMAGES', False))
+
+
+def _refresh() -> bool:
+    return os.getenv('QEMU_TEST_REFRESH_CACHE') is not None
 
 
 def _arch_of_test(path: str, known: Tuple[str, ...]) -> Optional[str]:
