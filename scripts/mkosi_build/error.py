@@ -60,6 +60,11 @@ class MismatchError(BuildError):
     exit_code = 7
 
 
+class PublishError(BuildError):
+    '''A store refuses what is published, or has other bytes'''
+    exit_code = 8
+
+
 class RegistryError(InputError):
     '''The registry is wrong, or lacks what was asked for'''
 

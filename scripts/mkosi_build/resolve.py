@@ -8,9 +8,10 @@ the distribution's key vouches for it.
 
 import configparser
 import re
+import time
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Dict, Iterator, List, Tuple
+from typing import Dict, Iterator, List, Optional, Tuple
 
 from . import command, lock as locks, resolve_rpm
 from .build import Job, run_mkosi
@@ -30,9 +31,9 @@ KEYRING = Path('/usr/share/keyrings/debian-archive-keyring.gpg')
 RPM_CHECKS = ['--repository-key-check=yes', '--repository-key-fetch=no']
 
 
-def _sources(mirror: str, release: str, arch: str) -> str:
+def _sources(mirror: str, release: str, arch: str, kind: str = 'deb') -> str:
     '''An apt source that is trusted by its signature alone.'''
-    return ('Types: deb\n'
+    return (f'Types: {kind}\n'
             f'URIs: {mirror}\n'
             f'Suites: {release}\n'
             'Components: main\n'
@@ -73,14 +74,38 @@ def _index(lists: Path) -> Dict[str, Package]:
     return known
 
 
-def _epoch(lists: Path) -> int:
-    '''When the repository was released, in seconds since 1970.'''
+def _epoch(lists: Path, release: str) -> int:
+    '''
+    When the repository was released, in seconds since 1970. Raises
+    FetchError unless what was signed is @release and has not expired: apt
+    only warns of another one, and mkosi lets it take what has expired.
+    '''
     for path in lists.glob('*_InRelease'):
-        match = re.search(r'^Date: (.*) UTC$', path.read_text(), re.M)
-        if match:
-            date = datetime.strptime(match.group(1), '%a, %d %b %Y %H:%M:%S')
-            return int(date.replace(tzinfo=timezone.utc).timestamp())
+        fields = dict(re.findall(r'^([A-Z][A-Za-z-]*): (.*)$',
+                                 path.read_text(), re.M))
+        names = [fields.get(key, '') for key in ('Suite', 'Codename')]
+        step = 'set QEMU_MKOSI_MIRROR to another mirror'
+        if release not in names:
+            raise FetchError(
+                f'the mirror\'s signed release file: expected {release}, '
+                f'found {" ".join(names)}', next_step=step)
+        until = _seconds(fields.get('Valid-Until', ''))
+        if until is not None and until < time.time():
+            raise FetchError(
+                'the mirror\'s signed release file has expired: it is valid '
+                f'until {fields["Valid-Until"]}', next_step=step)
+        date = _seconds(fields.get('Date', ''))
+        if date is not None:
+            return date
     raise FetchError(f'no signed release file with a date in {lists}')
+
+
+def _seconds(date: str) -> Optional[int]:
+    match = re.fullmatch(r'(.*) UTC', date)
+    if match is None:
+        return None
+    found = datetime.strptime(match[1], '%a, %d %b %Y %H:%M:%S')
+    return int(found.replace(tzinfo=timezone.utc).timestamp())
 
 
 def _pick(known: Dict[str, Package], digests: List[str],
@@ -106,6 +131,28 @@ def _wanted(folder: Path) -> Tuple[str, str, List[str]]:
                          'there') from e
 
 
+def _check_keyring() -> None:
+    if not KEYRING.exists():
+        raise HostError(f'no {KEYRING}: can\'t check signatures',
+                        next_step='apt-get install debian-archive-keyring')
+
+
+def source_lists(work: Path, mirror: str, release: str,
+                 arch: str) -> List[Path]:
+    '''
+    The lists of source packages that @mirror has for @release, fetched into
+    the empty folder @work and verified by this host's apt. There is none
+    where the signed release file names none.
+
+    Raises HostError where apt or the keyring is missing, FetchError where
+    apt can't get or trust the lists.
+    '''
+    _check_keyring()
+    _apt(_private_apt(work, _sources(mirror, release, arch, 'deb-src'), arch)
+         + ['update'])
+    return sorted((work / 'state/lists').glob('*_Sources'))
+
+
 def tools_lock(folder: Path, arch: str, cache: Cache,
                report: Report) -> Lock:
     '''
@@ -118,9 +165,7 @@ def tools_lock(folder: Path, arch: str, cache: Cache,
     '''
     definition = locks.definition_digest(folder)
     distribution, release, packages = _wanted(folder)
-    if not KEYRING.exists():
-        raise HostError(f'no {KEYRING}: can\'t check signatures',
-                        next_step='apt-get install debian-archive-keyring')
+    _check_keyring()
     mirror = first_with(host_mirrors(distribution, release, arch),
                         f'dists/{release}/Release')
     with report.stage(f'resolving tools at {hide_password(mirror)}'), \
@@ -135,7 +180,7 @@ def tools_lock(folder: Path, arch: str, cache: Cache,
         lists = work / 'state/lists'
         chosen = _pick(_index(lists), digests, 'tools')
         return Lock(definition, distribution, release, arch,
-                    _epoch(lists), tuple(chosen))
+                    _epoch(lists, release), tuple(chosen))
 
 
 def _private_apt(work: Path, sources: str, arch: str) -> List[str]:
@@ -206,16 +251,17 @@ def image_lock(job: Job, tree: Path, cache: Cache, report: Report) -> Lock:
             raise (rpm and resolve_rpm.refusal(log)) or e from e
         chosen, epoch = (
             resolve_rpm.chosen(work / 'packages', tree, job.name) if rpm
-            else _chosen_by_apt(work / 'packages', job.name))
+            else _chosen_by_apt(work / 'packages', job))
         return Lock(job.definition, image.distribution, image.release, arch,
                     epoch, tuple(chosen))
 
 
-def _chosen_by_apt(packages: Path, what: str) -> Tuple[List[Package], int]:
+def _chosen_by_apt(packages: Path, job: Job) -> Tuple[List[Package], int]:
     digests = [sha256_file(path) for path in sorted(
         (packages / 'cache/apt/archives').glob('*.deb'))]
     lists = packages / 'lib/apt/lists'
-    return _pick(_index(lists), digests, what), _epoch(lists)
+    return (_pick(_index(lists), digests, job.name),
+            _epoch(lists, job.image.release))
 
 
 def _packages_only(work: Path) -> List[str]:

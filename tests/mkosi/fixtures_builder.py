@@ -40,7 +40,7 @@ AMBIENT = {name: os.environ[name]
            for name in ('QEMU_MKOSI_DIR', 'QEMU_MKOSI_MIRROR')
            if name in os.environ}
 
-PATIENCE = 120
+PATIENCE = 400
 EPOCH = 1700000000
 
 
@@ -215,10 +215,12 @@ Maintainer: Zoë Nobody <nobody@example.org>
 
 def make_package(mirror: Path, name: str, version: str = '1', *,
                  fields: str = '', files: Optional[Mapping[str, Path]] = None,
-                 text: str = '', postinst: str = '') -> Package:
+                 text: str = '', postinst: str = '',
+                 copyright_: str = '') -> Package:
     '''
     Make a package below the folder @mirror with dpkg-deb, and what a lock
-    says of it. It has @files, a file with @text and the script @postinst.
+    says of it. It has @files, a file with @text, the script @postinst and
+    the text @copyright_ where Debian has it.
     '''
     folder = mirror / 'tmp' / name
     (folder / 'DEBIAN').mkdir(parents=True)
@@ -236,6 +238,10 @@ def make_package(mirror: Path, name: str, version: str = '1', *,
             else f'usr/share/{name}')
     (folder / path).parent.mkdir(parents=True, exist_ok=True)
     (folder / path).write_text(text or f'{name} {version}\n')
+    if copyright_:
+        path = f'usr/share/doc/{name}/copyright'
+        (folder / path).parent.mkdir(parents=True)
+        (folder / path).write_text(copyright_, encoding='utf-8')
     location = f'pool/main/{name[0]}/{name}/{name}_{version}_amd64.deb'
     file = mirror / location
     file.parent.mkdir(parents=True, exist_ok=True)
