@@ -9,12 +9,15 @@ import json
 import os
 import shutil
 import stat
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import (Any, Callable, Dict, List, Mapping, Optional, Sequence,
+                    Tuple)
 
-from . import command, emulate, lock as locks, repository, tools
-from .cache import (Cache, host_error, remove_tree, sha256_file,
+from . import (command, emulate, explain, lock as locks, repository,
+               tools)
+from .cache import (Cache, host_error, mark_used, remove_tree, sha256_file,
                     write_atomically)
 from .error import HostError, InputError, MismatchError, MkosiError
 from .lock import Lock
@@ -152,12 +155,17 @@ def check_host(cache: Cache, arch: str) -> None:
 
 
 class Builder:
-    '''Builds jobs, in the folders of @cache, telling @report.'''
+    '''
+    Builds jobs, in the folders of @cache, telling @report. @describe
+    writes of each what is to lie beside its artefacts.
+    '''
 
-    def __init__(self, cache: Cache, report: Report) -> None:
+    def __init__(self, cache: Cache, report: Report,
+                 describe: Optional['Describe'] = None) -> None:
         self.cache = cache
         self.report = report
         self.store = Store(cache, report)
+        self.describe = describe
 
     def folder(self, job: Job) -> Path:
         '''Where the artefacts of @job are kept.'''
@@ -168,6 +176,8 @@ class Builder:
         '''The artefacts of @job, if they are there and whole.'''
         folder = self.folder(job)
         artefacts = {}
+        # Before the look, so that what is seen there stays
+        mark_used(folder / RECORD)
         try:
             record = json.loads((folder / RECORD).read_text())
             for kind, known in record['artefacts'].items():
@@ -248,6 +258,7 @@ class Builder:
         tree = tools.ensure(job.tool_lock, self.cache, self.store,
                             self.report, job.target.arch)
         self.fetch_packages(job)
+        start = time.monotonic()
         with self.cache.scratch(job.name) as work:
             log = self.cache.log(job.name)
             self.report.event('log', f'         log: {log}', path=str(log))
@@ -257,10 +268,13 @@ class Builder:
                 repository.make(job.lock, self.store, repo, tree)
                 run_mkosi(job, tree, work, log, f'file://{repo}', [])
             with self.report.stage('verifying'):
-                return self._take(job, work, compare)
+                return self._take(job, work, compare, tree, start)
 
-    def _take(self, job: Job, work: Path, compare: bool) -> Result:
-        '''Give what mkosi left in @work its final names.'''
+    def _take(self, job: Job, work: Path, compare: bool, tree: Path,
+              start: float) -> Result:
+        '''
+        Give what mkosi left in @work, since @start, its final names.
+        '''
         built = work / 'built'
         folder = self.folder(job)
         result = Result(job, _collect(job, work / 'output', built, folder),
@@ -273,7 +287,10 @@ class Builder:
                 differs = folder.with_name(f'{job.identity}.differs')
                 remove_tree(differs)
                 os.replace(built, differs)
+                self._explain(job, differs)
                 raise
+        if self.describe:
+            self.describe(self, job, result.artefacts, tree, built)
         known = {}
         for kind, artefact in result.artefacts.items():
             path = built / artefact.path.name
@@ -281,11 +298,36 @@ class Builder:
                 path, self.cache.add_asset(path, artefact.sha256),
                 artefact.sha256)
         record = {'identity': job.identity, 'locked': job.locked,
+                  'seconds': round(time.monotonic() - start, 3),
                   'artefacts': known}
         write_atomically(built / RECORD, json.dumps(record, indent=1) + '\n')
         remove_tree(folder)
         os.replace(built, folder)
         return result
+
+    def _explain(self, job: Job, differs: Path) -> None:
+        '''
+        Tell what is other in the artefacts in @differs, of those whose
+        recorded bytes QEMU's asset cache has.
+        '''
+        tree = self.cache.tools / job.tool_lock.digest
+        for kind, artefact in job.target.artefacts.items():
+            if artefact.sha256 is None:
+                continue
+            recorded = self.cache.assets / artefact.sha256
+            try:
+                # Bytes that differ from their own name explain nothing
+                if sha256_file(recorded) != artefact.sha256:
+                    continue
+            except OSError:
+                continue
+            explain.tell(self.report, f'{job.name}: {artefact.file} ({kind})',
+                         recorded, differs / artefact.file, tree)
+
+
+# A function that writes of a job's artefacts, just made with a tools tree,
+# into a folder
+Describe = Callable[[Builder, Job, Mapping[str, Built], Path, Path], None]
 
 
 def _collect(job: Job, output: Path, built: Path,
@@ -326,8 +368,16 @@ def run_mkosi(job: Job, tree: Path, work: Path, log: Path, mirror: str,
     definition = work / 'definition' / job.folder.name
     definition.mkdir()
     _stage(job, definition)
-    tools.mkosi(tree, [
-        f'--directory={definition}',
+    tools.mkosi(tree, [*mkosi_options(job, work, mirror, network), *further,
+                       'build'], log, network,
+                emulate.registration(tree, job.target.arch))
+
+
+def mkosi_options(job: Job, work: Path, mirror: str,
+                  network: bool = False) -> List[str]:
+    '''What mkosi is told of @job in the folder @work, beside its files.'''
+    return [
+        f'--directory={work / "definition" / job.folder.name}',
         f'--output-directory={work / "output"}',
         f'--package-cache-directory={work / "packages"}',
         f'--workspace-directory={work / "workspace"}',
@@ -336,9 +386,7 @@ def run_mkosi(job: Job, tree: Path, work: Path, log: Path, mirror: str,
         f'--architecture={tools.MKOSI_ARCHITECTURES[job.target.arch]}',
         f'--local-mirror={mirror}',
         f'--source-date-epoch={job.lock.epoch}',
-        *([] if network else ['--with-network=no']),
-        *further,
-        'build'], log, network, emulate.registration(tree, job.target.arch))
+        *([] if network else ['--with-network=no'])]
 
 
 def _stage(job: Job, folder: Path) -> None:

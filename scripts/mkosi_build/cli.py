@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from typing import List, NoReturn, Optional, Sequence, Tuple
 
-from . import boot, lock as locks, override, parallel
-from . import registry as registries, update
+from . import boot, lint, lock as locks, override, parallel
+from . import provenance, registry as registries, update, upkeep
 from .agreement import disagreement, over_budget
 from .build import Builder, Job, Result, load_tool_locks, prepare, tools_folder
 from .cache import Cache, host_error
@@ -50,6 +50,9 @@ environment:
                         (~/.cache/qemu)
   QEMU_MKOSI_DIR        packages, tools, builds, logs (~/.cache/qemu/mkosi)
   QEMU_MKOSI_MIRROR     package mirrors to ask first, separated by spaces
+  QEMU_MKOSI_PUBLISH    where to publish: an absolute path or a URL
+  QEMU_MKOSI_PUBLISH_TOKEN
+                        the token for that: TOKEN or KIND:TOKEN
 
 exit codes:
   0  done
@@ -58,8 +61,9 @@ exit codes:
   3  the registry, a lock or a definition is wrong, or they don't agree
   4  the host lacks a program, a permission or space
   5  a package can't be had
-  6  mkosi failed, or the image does not boot
+  6  mkosi failed, the image is broken, or does not boot
   7  other bytes than the registry names
+  8  a store refuses what is published, or lacks it, or has other bytes
 '''
 
 
@@ -93,6 +97,13 @@ def parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
          'tests use it through an override file')
     mode('allow-newer', 'if a locked package is gone from every mirror, '
          'build with newer ones, for this machine alone')
+    for name, (text, _) in upkeep.MODES.items():
+        if name in upkeep.WITH_FILE:
+            modes.add_argument(f'--{name}', metavar='FILE', help=text,
+                               action=upkeep.ModeOfFile)
+        else:
+            mode(name, text)
+    upkeep.add_options(parser)
     parser.add_argument('--update-lock', action='store_true',
                         help='resolve packages anew, signatures checked, '
                         'and write the locks; IMAGE may be "tools"')
@@ -110,10 +121,13 @@ def parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         parser.error(f'--update-lock can\'t be combined with '
                      f'--{arguments.mode}')
     builds_one = (len(arguments.images) == 1 and arguments.arch != ALL
-                  and arguments.mode not in ('list', 'check')
+                  and arguments.mode not in ('list', 'check', *upkeep.MODES)
                   and (arguments.mode or not arguments.update_lock))
     if arguments.boot and not builds_one:
         parser.error('--boot takes one image, and a build')
+    problem = upkeep.check_options(arguments)
+    if problem:
+        parser.error(problem)
     return arguments
 
 
@@ -135,8 +149,11 @@ class Command:
         self.limit: int = arguments.jobs
         self.report = Report(arguments.json)
         self.cache = Cache()
-        self.builder = Builder(self.cache, self.report)
+        self.builder = Builder(self.cache, self.report,
+                               provenance.describe)
         self.registry: Registry = registries.load(registries.DEFAULT)
+        self.upkeep = upkeep.Call(arguments, self.builder, self.registry,
+                                  self.archs, self.images, self.jobs)
 
     def run(self, update_lock: bool, mode: Optional[str]) -> List[Result]:
         '''Do what was asked for. Returns what was built, if it was here.'''
@@ -144,6 +161,9 @@ class Command:
             self.update_lock()
             if self.names == [TOOLS] or mode is None:
                 return []
+        if mode in upkeep.MODES:
+            upkeep.MODES[mode][1](self.upkeep)
+            return []
         method = getattr(self, (mode or 'build').replace('-', '_'))
         if mode in ('list', 'check'):
             method()
@@ -332,6 +352,9 @@ class Command:
                             over_budget(job, sizes)):
                 if problem:
                     problems.append(problem)
+        problems += lint.problems(self.registry, self.images())
+        # Several images may include the same folder
+        problems = list({p.message: p for p in problems}.values())
         for problem in problems[1:]:
             self.report.event('problem', f'{problem}')
         if problems:

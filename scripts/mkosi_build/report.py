@@ -21,8 +21,56 @@ these:
     listed                  "image", "arch", "architectures", "state",
                             "reason", "sizes" by kind
     checked                 all is well
+    sources                 "image", "arch", "path" of the list, "files",
+                            "bytes", "unindexed": what no signed index has
+    published               "image", "arch", "identity", "index": its name,
+                            "objects", "uploaded", "bytes" of these; "fresh"
+                            if nobody had published it before
+    availability            "image", "arch", "identity", "store", "state"
+                            (published, incomplete, missing, unreachable),
+                            "reason", "missing": hashes of objects
+    plan                    "plan", see plan.py
+    planned                 built from a plan: "image", "arch", "identity",
+                            "compared", "artefacts": by kind, its hash
     skipped                 "image", "arch", "reason"
+    link                    "state": gone, unanswered or last (one source
+                            alone has it), "image", "arch", "users", "what"
+                            (kernel, initrd, disk, package), "name",
+                            "version", "sha256", "size", "said" by source
+    source                  that was asked: "source", "group", how many are
+                            "there", "gone", "unknown"; "dead", why not
+    links                   "total", of which "gone", "unanswered", "last";
+                            "asked", "sources", "took"
+    held                    in the caches: "area", "name", "bytes", "users",
+                            "prunable": why, or null
+    pruned, kept            "area", "name", "bytes", "why"
+    cache                   "total" bytes; of --cache "areas", "users" and
+                            "prunable", of --prune "freed", "removed" by
+                            reason, and how many are "kept"
+    cost                    "image", "arch"; bytes of "artefacts",
+                            "packages", "tools", "sources" and of a whole
+                            "version"; "least" and "most" in all;
+                            "build_seconds", "runner_seconds"; null is not
+                            known
+    costs                   all together: "version", "versions" a year,
+                            "years", "least", "most", "images", of which
+                            "measured", "runner_seconds"
+    left_out                a "condition" that this host can't, "reason",
+                            "next"
+    verified                "image", "arch", "identity", "same", "builds",
+                            "artefacts", "changes", "left_out", "path" of
+                            the file that has this; where bytes differ,
+                            "kept", "explanation", "cause"
     warning, problem        what a person should read
+    explained               why bytes differ: "title", "before", "after" (two
+                            files), "differences": each with "layers",
+                            "path", "aspect", "before", "after", "count",
+                            "cause" (null, or "key", "title", "mend"),
+                            "note", "detail"
+    inspected               "image", "arch", "problems": how many
+    warning, problem        what a person should read; of --inspect a problem
+                            has "image", "arch", "file", "structure",
+                            "offset", "expected", "found"
     error                   "code" to exit with, "message", "next"; the last
 
 What one of several builds at once tells also has "job": its image and

@@ -13,10 +13,10 @@ import stat
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import List, Optional
+from typing import Dict, List, Optional, Sequence
 
 from . import command, emulate
-from .cache import Cache, host_error
+from .cache import Cache, host_error, mark_used
 from .error import HostError, MkosiError
 from .lock import Lock, Package
 from .report import Report
@@ -76,6 +76,8 @@ def ensure(lock: Lock, cache: Cache, store: Store, report: Report,
     Raises what Store.fetch() does, and HostError.
     '''
     tree = cache.tools / lock.digest
+    # Before the look, so that what is seen there stays
+    mark_used(tree)
     if not tree.is_dir():
         _make(tree, lock, cache, store, report)
     emulate.prepare(tree, arch, lock, cache, store, report)
@@ -105,6 +107,17 @@ def _make(tree: Path, lock: Lock, cache: Cache, store: Store,
             raise host_error(e, 'Unpacking the tools') from e
 
 
+def mkosi_command(python: str, tree: Path,
+                  arguments: Sequence[str]) -> List[str]:
+    '''The command line that runs mkosi from the tools @tree.'''
+    return [python, '-m', 'mkosi', f'--tools-tree={tree}', *arguments]
+
+
+def mkosi_environment(tree: Path) -> Dict[str, str]:
+    '''What mkosi's environment has beside command.ENVIRONMENT.'''
+    return {'PYTHONPATH': str(tree / PYTHON_PATH)}
+
+
 def mkosi(tree: Path, arguments: List[str], log: Path,
           network: bool = False, interpreter: Optional[str] = None) -> None:
     '''
@@ -115,9 +128,8 @@ def mkosi(tree: Path, arguments: List[str], log: Path,
     '''
     # By the interpreter's own path: the environment has no host's PATH
     status = command.run_isolated(
-        [sys.executable, '-m', 'mkosi', f'--tools-tree={tree}',
-         *arguments], log, network,
-        {'PYTHONPATH': str(tree / PYTHON_PATH)}, interpreter)
+        mkosi_command(sys.executable, tree, arguments), log, network,
+        mkosi_environment(tree), interpreter)
     if status == 0:
         return
     why = command.why_failed(log)
