@@ -8,6 +8,7 @@ that no test here knows is an error.
 import ast
 import configparser
 from dataclasses import dataclass
+import json
 import os
 from pathlib import Path
 import re
@@ -20,12 +21,13 @@ from typing import Dict, Iterator, List, Set
 import pytest
 
 from fixtures_builder import AMBIENT, PATIENCE, ROOT, Project
+from fixtures_publish import Works
 from mkosi_build import cli, error, lock as locks, registry, tools
 from mkosi_build.resolve import KEYRING
 from mkosi_build.store import host_mirrors
 from test_resolve import link_store
 
-pytest_plugins = ['fixtures_asset', 'fixtures_builder']
+pytest_plugins = ['fixtures_asset', 'fixtures_builder', 'fixtures_publish']
 
 DOCS = ROOT / 'docs/devel/testing'
 PAGES = {path.stem: path.read_text('utf-8')
@@ -37,7 +39,7 @@ FUNCTIONAL = 'docs/devel/testing/functional.rst'
 
 # Directives whose content needs no test of its own
 PLAIN = {'toctree'}
-LANGUAGES = {'shell', 'python', 'yaml', 'ini', 'text'}
+LANGUAGES = {'shell', 'python', 'yaml', 'ini', 'text', 'toml'}
 
 # Names in examples, and what stands for them in a test
 IMAGES = ('debian-min', 'fedora-min', 'debian-net')
@@ -155,6 +157,12 @@ SCRIPTS['in the text'] = sorted({
     if literal.startswith('scripts/mkosi-build.py ')})
 
 
+# Those that need sources to publish, and a mirror that has the tools
+PUBLISHING = 'Publishing by hand'
+PROVING = 'Proving an image'
+LINKS = 'Whether everything can still be had'
+
+
 def translated(line: str, project: Project) -> str:
     '''A command of the manual for @project, whose only image is mini.'''
     for name in IMAGES:
@@ -231,10 +239,52 @@ def run_script(lines: List[str], project: Project) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('section', [
-    title for title, lines in SCRIPTS.items() if not resolves(lines)])
+    title for title, lines in SCRIPTS.items() if not resolves(lines)
+    and title not in (PUBLISHING, LINKS)])
 def test_commands(section: str, project: Project) -> None:
     '''Commands that need no network.'''
-    run_script(SCRIPTS[section], project)
+    lines = SCRIPTS[section]
+    if section == PROVING:
+        # It unpacks tools of its own; and the project's disk is none, where
+        # test_structure.py looks into real ones
+        link_store(project)
+        lines = [line for line in lines if '--inspect' not in line]
+        assert len(lines) == len(SCRIPTS[section]) - 1
+    run_script(lines, project)
+
+
+@pytest.mark.slow
+def test_commands_that_publish(works: Works, tmp_path: Path) -> None:
+    '''Of an image with sources, to a folder.'''
+    lines = [line.replace('debian-min', 'mini').replace(
+        '/srv', str(tmp_path)) for line in SCRIPTS[PUBLISHING]]
+    (tmp_path / 'qemu-images').mkdir()
+    python = tmp_path / 'bin/python3'
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    env = works.environment()
+    result = subprocess.run(
+        ['bash', '-e', '-c', '\n'.join(lines)], cwd=works.tree,
+        env={**env, 'PATH': f'{python.parent}:{env["PATH"]}'},
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, encoding='utf-8', check=False)
+    assert result.returncode == 0, result.stdout
+    assert [path.name for path in (tmp_path / 'qemu-images').glob('*.json')]
+
+
+@pytest.mark.slow
+def test_commands_that_ask(project: Project, tmp_path: Path) -> None:
+    '''Of a mirror that has everything, the tools too.'''
+    for lock in (project.mkosi / 'tools').glob('*.lock'):
+        for package in locks.load(lock).packages:
+            path = tmp_path / 'mirror' / package.location
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Nobody looks into it
+            with open(path, 'wb') as file:
+                file.truncate(package.size)
+    project.mirror += f' file://{tmp_path}/mirror'
+    run_script(SCRIPTS[LINKS], project)
 
 
 @pytest.fixture(name='online')
@@ -390,6 +440,16 @@ def test_ini(block: Block, tmp_path: Path, tools_tree: Path) -> None:
     assert not re.search('[Uu]nknown|[Ii]gnoring', said), said
 
 
+def test_toml() -> None:
+    '''A runner's settings, those that the pipeline itself names.'''
+    script = (ROOT / '.gitlab-ci.d/mkosi-images.py').read_text('utf-8')
+    block, = written('toml')
+    assert block.text.startswith('[runners.docker]\n')
+    option, = re.findall(r'^  security_opt = (\[.*\])$', block.text, re.M)
+    assert f'security_opt =\n    {option} in its config.toml' in script
+    assert json.loads(option)
+
+
 def test_seeds_differ() -> None:
     '''Nobody's seed is that of an example.'''
     definitions = '\n'.join(
@@ -443,14 +503,15 @@ def test_registry_keys() -> None:
 def test_environment() -> None:
     '''All variables that the sources read, and no others.'''
     read = {text for path in SOURCES for name, call in calls(path)
-            if name in ('getenv', 'get') for argument in call.args[:1]
+            if name in ('getenv', 'get', 'pop') for argument in call.args[:1]
             for text in strings(argument)
             if re.fullmatch('(QEMU|MKOSI)_[A-Z_]+', text)}
     assert 'QEMU_MKOSI_DIR' in read
     assert set(terms(section_of(REFERENCE, 'Environment'))) == read
     used = set(re.findall(r'\bQEMU_[A-Z_]+\b', '\n'.join(PAGES.values())))
-    # The one that is QEMU's alone
-    assert used - read == {'QEMU_TEST_NO_DOWNLOAD'}
+    # The one that is QEMU's alone, and those of its pipelines
+    assert used - read == {'QEMU_TEST_NO_DOWNLOAD', 'QEMU_CI',
+                           'QEMU_CI_UPSTREAM'}
 
 
 def test_exit_codes() -> None:
