@@ -18,8 +18,8 @@ from . import edits, functional, tree
 from .apply import LINK, ROOT, apply, diff, our_files
 
 
-HERE = ('scripts/mkosi-build.py', 'scripts/mkosi_build', 'series',
-        'tests/mkosi')
+HERE = ('.gitlab-ci.d/mkosi-images.py', 'scripts/mkosi-build.py',
+        'scripts/mkosi_build', 'series', 'tests/mkosi')
 
 
 def _tool(name: str, *args: str) -> List[str]:
