@@ -124,6 +124,11 @@ RULES: Sequence[Rule] = (
            'runs', 'in mkosi.postoutput: debugfs -w -R "set_super_value '
            'flags 1", then tune2fs -L, as common/mkosi.postoutput does'),
      _aspect('flags', form='ext4')),
+    (Cause('ext4-written', 'how much mke2fs has written, which depends on '
+           'the order in which it read folders', 'in mkosi.postoutput: '
+           'debugfs -w -R "set_super_value kbytes_written 0", then tune2fs '
+           '-L, as common/mkosi.postoutput does'),
+     _aspect('written', form='ext4')),
     (Cause('ext4-time', 'times that mke2fs took from the clock',
            'an e2fsprogs of 1.47.1 or later in the tools tree, which honours '
            'SOURCE_DATE_EPOCH'),

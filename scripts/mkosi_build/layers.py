@@ -170,8 +170,10 @@ class Descent:
             return found
         at = first_difference(before, after) or 0
         place = f'at {at}, in {one.what_is_at(at)}:'
-        return compare_fields(layers, '', one.superblock,
-                              other.superblock) or [
+        return (compare_fields(layers, '', one.superblock, other.superblock,
+                               ('checksum',))
+                or compare_fields(layers, '', one.superblock,
+                                  other.superblock)) or [
             Finding(layers, '', 'layout',
                     f'{place} {before.read(at, 16).hex()}',
                     f'{place} {after.read(at, 16).hex()}')]

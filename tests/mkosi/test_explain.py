@@ -119,6 +119,8 @@ SEEDS = [
          mkfs_epoch=EPOCH + 9),
     seed('ext4-char', ROOT_FS, '1', '2',
          debugfs=('set_super_value flags 2',)),
+    seed('ext4-written', ROOT_FS, '1', '99',
+         debugfs=('set_super_value kbytes_written 99',)),
     seed('uuid', ROOT_FS, UUIDS[0].replace('-', ''),
          UUIDS[1].replace('-', ''), uuid=UUIDS[1]),
     seed('uuid', 'qcow2 > GPT', UUIDS[1], UUIDS[4], disk_guid=UUIDS[4]),
