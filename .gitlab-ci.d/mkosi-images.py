@@ -31,8 +31,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / 'scripts'))
 
 # pylint: disable=wrong-import-position
-from mkosi_build import boot, build, lock as locks  # noqa: E402
-from mkosi_build import registry as registries, update  # noqa: E402
+from mkosi_build import boot, build, explain, lock as locks  # noqa: E402
+from mkosi_build import registry as registries, tools, update  # noqa: E402
 from mkosi_build.agreement import over_budget  # noqa: E402
 from mkosi_build.cache import Cache, link_or_copy, sha256_file  # noqa: E402
 from mkosi_build.command import check_programs  # noqa: E402
@@ -199,31 +199,28 @@ def _build(folder: Path, cache: Cache, arch: str, image: str) -> None:
 
 # -- compare ----------------------------------------------------------------
 
-def first_difference(one: Path, other: Path) -> int:
-    '''The offset of the first byte in which two files differ.'''
-    offset = 0
-    with open(one, 'rb') as left, open(other, 'rb') as right:
-        while True:
-            a, b = left.read(1 << 20), right.read(1 << 20)
-            if a != b:
-                return offset + next(
-                    (i for i, (x, y) in enumerate(zip(a, b)) if x != y),
-                    min(len(a), len(b)))
-            if not a:
-                raise ValueError(f'{one} and {other} are equal')
-            offset += len(a)
+def _tools(one: Turn) -> Optional[Path]:
+    '''What unpacks an artefact, to look into it; none if it is not had.'''
+    registry = registries.load(registries.DEFAULT)
+    builder = build.Builder(Cache(), Report())
+    try:
+        job = build.prepare(registry, registry.image(one.image), one.arch)
+        return tools.ensure(job.tool_lock, builder.cache, builder.store,
+                            builder.report, one.arch)
+    except BuildError as e:
+        say(f'{one.name}: explained without its tools: {e.message}')
+        return None
 
 
-def excerpt(path: Path, offset: int) -> str:
-    '''Some bytes of a file, for a person to recognise.'''
-    with open(path, 'rb') as file:
-        file.seek(offset)
-        data = file.read(16)
-    shown = ''.join(chr(c) if 32 <= c < 127 else '.' for c in data)
-    return f'{data.hex(" ")}  {shown}' if data else 'ends there'
+def _why(one: Path, other: Path, tree: Optional[Path]) -> List[str]:
+    try:
+        found = explain.explain(one, other, tree)
+    except (BuildError, OSError) as e:
+        return [f'    what differs is not known: {e}']
+    return [f'    {line}' for line in explain.render(found).splitlines()]
 
 
-def explain(one: Turn, other: Turn) -> List[str]:
+def differences(one: Turn, other: Turn) -> List[str]:
     '''How two builds differ, a line or some a difference; none if equal.'''
     if one.identity != other.identity:
         return [f'{one.name}: not built from the same: identity '
@@ -234,15 +231,15 @@ def explain(one: Turn, other: Turn) -> List[str]:
             # What was handed over is what was built
             if sha256_file(turn.path(kind)) != turn.artefacts[kind]['sha256']:
                 lines.append(f'{turn.path(kind)}: damaged since it was built')
-        if one.artefacts[kind] != other.artefacts[kind] and not lines:
-            offset = first_difference(one.path(kind), other.path(kind))
+    for kind in [] if lines else one.artefacts:
+        if one.artefacts[kind] != other.artefacts[kind]:
             lines.append(f'{one.name}: {one.artefacts[kind]["file"]} ({kind})'
-                         f' differs, first at offset {offset}:')
+                         ' differs:')
             for turn in (one, other):
                 known = turn.artefacts[kind]
-                lines += [f'    {turn.folder.parts[-3]:6} {known["sha256"]}, '
-                          f'{known["size"]} bytes',
-                          f'           {excerpt(turn.path(kind), offset)}']
+                lines.append(f'    {turn.folder.parts[-3]:6} '
+                             f'{known["sha256"]}, {known["size"]} bytes')
+            lines += _why(one.path(kind), other.path(kind), _tools(one))
     return lines
 
 
@@ -261,7 +258,7 @@ def compare() -> None:
         if left:
             say(f'{one.name}: {left.state}: {left.reason}')
             continue
-        found = explain(one, other)
+        found = differences(one, other)
         lines += found
         if not found:
             say(f'{one.name}: both builds have the same bytes')

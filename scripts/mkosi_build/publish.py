@@ -18,8 +18,8 @@ UTC), and more "objects", which tell of that one build.
 
 Roles: kernel, initrd, disk; lock, package, source: what it was made from;
 tools-lock, tools-package, tools-source: what it was made with; packages:
-list of names and versions; licences. In "published": log, provenance,
-sources (which source files are of what).
+the list of them, as SPDX; licences: their texts. In "published": log,
+provenance, sources (which source files are of what).
 '''
 
 import json
@@ -28,14 +28,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, Sequence, Tuple
 
-from . import command, licences, lock as locks, sources, upload
+from . import licences, lock as locks, provenance, sources, upload
 from .agreement import disagreement
-from .build import RECORD, Builder, Job, Result, host_architecture
+from .build import RECORD, Builder, Job, Result
 from .cache import sha256_file
 from .destination import Destination, Item, OtherBytesError
-from .error import BuildError, InputError, PublishError, UsageError
+from .error import InputError, PublishError, UsageError
 from .registry import Registry
 
 FORMAT = 'mkosi-build index 1'
@@ -272,25 +272,31 @@ def _inputs(builder: Builder, job: Job, work: Path) -> List[Entry]:
 
 def _texts(builder: Builder, job: Job, work: Path) -> List[Entry]:
     '''What people want to read about it.'''
-    packages = ''.join(f'{p.name} {p.version} {p.architecture} {p.source}\n'
-                       for p in job.lock.packages)
-    return [_write(work, 'packages', packages, f'{job.name}.packages'),
+    return [_document(builder, job, 'packages'),
             _write(work, 'licences',
                    licences.gather(job.lock, builder.store),
                    f'{job.name}.licences.json')]
 
 
+def _document(builder: Builder, job: Job, role: str) -> Entry:
+    path = provenance.documents(builder, job)[role]
+    return _entry(role, path, f'{job.name}.{path.name}')
+
+
 def _write(work: Path, role: str, text: str, name: str) -> Entry:
     path = work / name
     path.write_text(text, encoding='utf-8')
+    return _entry(role, path, name)
+
+
+def _entry(role: str, path: Path, name: str) -> Entry:
     return Entry(role, name, sha256_file(path), path.stat().st_size, path)
 
 
 def _own(builder: Builder, job: Job, work: Path,
          gathered: _Gathered) -> List[Entry]:
     '''What tells of this build and not of others of the same image.'''
-    entries = [_write(work, 'provenance', _provenance(job),
-                      f'{job.name}.provenance.json')]
+    entries = [_document(builder, job, 'provenance')]
     for lock, (_, found) in zip((job.lock, *job.tool_locks), gathered):
         entries.append(_write(
             work, 'sources', found.path.read_text(encoding='utf-8'),
@@ -306,35 +312,6 @@ def _own(builder: Builder, job: Job, work: Path,
         builder.report.event('warning', f'{job.name}: published without its '
                              f'log: {log} is gone, or of a later build')
     return sorted(entries)
-
-
-def _provenance(job: Job) -> str:
-    mkosi = [p.version for p in job.tool_lock.packages if p.name == 'mkosi']
-    return json.dumps({
-        'image': job.image.name, 'arch': job.target.arch,
-        'identity': job.identity, 'builder': locks.BUILDER,
-        'definition': job.definition, 'lock': job.lock.digest,
-        'tools-locks': {lock.architecture: lock.digest
-                        for lock in job.tool_locks},
-        'host': host_architecture(), 'mkosi': ' '.join(mkosi),
-        'epoch': job.lock.epoch, 'source': _revision(job.folder),
-        'inputs': [{'name': p.name, 'version': p.version,
-                    'sha256': p.sha256} for p in job.lock.packages]},
-        indent=1) + '\n'
-
-
-def _revision(folder: Path) -> Optional[Dict[str, Any]]:
-    '''The commit that @folder is at, and whether there is more than that.'''
-    git = ['git', '-C', str(folder)]
-    try:
-        commit = command.run([*git, 'rev-parse', 'HEAD'])
-        changes = command.run([*git, 'status', '--porcelain', '.'])
-    except BuildError:
-        return None
-    if commit.returncode or changes.returncode:
-        return None
-    return {'commit': commit.stdout.strip(),
-            'modified': bool(changes.stdout.strip())}
 
 
 # -- Whether it is published ------------------------------------------------

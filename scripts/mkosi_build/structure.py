@@ -283,9 +283,10 @@ def inspect(builder: Builder, jobs: Sequence[Job]) -> None:
               if result and not _inspect(builder, result)]
     if broken:
         raise StructureError(
-            f'broken: {", ".join(broken)}', next_step='look for a full disk '
-            'or a broken one, then build anew with the same command and no '
-            '--inspect; if that gives the same, the definition is wrong')
+            f'what was built is broken: {", ".join(broken)}',
+            next_step='look for a full disk or a broken one, then build '
+            'anew with the same command and no --inspect; if that gives the '
+            'same, the definition is wrong')
 
 
 def _inspect(builder: Builder, result: Result) -> bool:

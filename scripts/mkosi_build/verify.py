@@ -320,7 +320,7 @@ def _explain(before: Path, after: Path, tree: Path) -> str:
     '''
     try:
         return explain.render(explain.explain(before, after, tree))
-    except BuildError:
+    except (BuildError, OSError):
         return ''
 
 

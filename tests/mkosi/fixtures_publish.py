@@ -31,8 +31,10 @@ import pytest
 from fixtures_builder import (
     APT_CONF, CONF, EPOCH, PATIENCE, REGISTRY, ROOT, FaultServer,
     make_package)
-from mkosi_build import lock as locks, record
-from mkosi_build.build import host_architecture
+from mkosi_build import lock as locks, packages as spdx, provenance, record
+from mkosi_build import registry as registries
+from mkosi_build.build import Built, host_architecture, prepare
+from mkosi_build.declared import NONE, Declared
 from mkosi_build.lock import Lock, Package
 
 NEEDS_GPG = pytest.mark.skipif(
@@ -232,7 +234,7 @@ class Works:
         (self.assets / 'download').mkdir(parents=True)
         (self.cache / 'log').mkdir()
         (self.cache / 'log/mini-x86_64.log').write_text('mkosi was here\n')
-        artefacts = {}
+        artefacts: Dict[str, Any] = {}
         for kind, (name, data) in self.CONTENT.items():
             digest = hashlib.sha256(data).hexdigest()
             (self.folder / name).write_bytes(data)
@@ -242,6 +244,20 @@ class Works:
         (self.folder / 'record.json').write_text(json.dumps({
             'identity': self.identity, 'locked': True,
             'artefacts': artefacts}))
+        self._describe({
+            kind: Built(self.folder / known['file'], known['sha256'],
+                        known['size']) for kind, known in artefacts.items()})
+
+    def _describe(self, artefacts: Dict[str, Built]) -> None:
+        '''As a build does, of packages that do not declare a licence.'''
+        registry = registries.load(self.registry)
+        job = prepare(registry, registry.image('mini'), 'x86_64')
+        for name, content in (
+                (spdx.FILE, spdx.document(job, artefacts, {
+                    p.sha256: Declared(NONE, {}) for p in job.lock.packages})),
+                (provenance.FILE, provenance.statement(
+                    job, artefacts, time.time(), {}))):
+            (self.folder / name).write_text(spdx.render(content))
 
     def environment(self, **env: str) -> Dict[str, str]:
         '''The builder's environment.'''

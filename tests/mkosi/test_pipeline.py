@@ -376,43 +376,32 @@ def test_compare_equal(folder: Path,
 
 def test_compare_explains(folder: Path,
                           capsys: pytest.CaptureFixture[str]) -> None:
-    '''Which artefact, hashes, sizes, and where the first difference is.'''
+    '''Which artefact, hashes, sizes, and what differs in it.'''
     other = bytearray(FILES['disk'][1])
     other[2_000_003] = 0x41
     first = leave(folder, 'first')
     second = leave(folder, 'second', disk=bytes(other))
     said = differences(7, capsys)
-    assert 'disk.qcow2 (disk) differs, first at offset 2000003' in said
+    assert 'mini x86_64: disk.qcow2 (disk) differs:' in said
     for place in (first, second):
         assert script.sha256_file(place / 'disk.qcow2') in said
     assert f'{len(other)} bytes' in said
-    assert '41 00 00' in said and '  A...' in said
+    assert 'at 2000003: 41' in said, said
+    assert 'cause   not one of the known ones' in said
     assert 'vmlinuz' not in said
     assert not (folder / 'compared.json').exists()
 
 
-@pytest.mark.parametrize('data, offset', [
-    (b'kernel and more', 6), (b'kern', 4), (b'', 0), (b'Kernel', 0)])
+@pytest.mark.parametrize('data', [b'kernel and more', b'kern', b'', b'K'])
 def test_compare_lengths(folder: Path, capsys: pytest.CaptureFixture[str],
-                         data: bytes, offset: int) -> None:
+                         data: bytes) -> None:
     '''One file is the beginning of the other.'''
     leave(folder, 'first')
     leave(folder, 'second', kernel=data)
     said = differences(7, capsys)
-    assert f'first at offset {offset}:' in said
+    assert 'vmlinuz (kernel) differs' in said
     assert f'{len(data)} bytes' in said
-
-
-def test_compare_blocks(folder: Path) -> None:
-    '''A difference at the edge of what is read at once.'''
-    edge = 1 << 20
-    for offset in (0, edge - 1, edge, 3 * edge - 1):
-        data = bytearray(3 * edge)
-        (folder / 'one').write_bytes(data)
-        data[offset] = 1
-        (folder / 'other').write_bytes(data)
-        assert script.first_difference(folder / 'one',
-                                       folder / 'other') == offset
+    assert 'cause' in said
 
 
 def test_compare_damaged(folder: Path,
@@ -722,7 +711,8 @@ def test_not_reproducible(mini: Mini) -> None:
     result = mini.run('mkosi-images-registry')
     said = result.stdout
     assert result.returncode != 0
-    assert 'disk.qcow2 (disk) differs, first at offset' in said, said[-5000:]
+    assert 'disk.qcow2 (disk) differs:' in said, said[-5000:]
+    assert '    cause   ' in said
     artifacts: List[str] = [
         path.name for path in (mini.tree / '.gitlab-ci-local/artifacts'
                                ).iterdir()]

@@ -166,7 +166,7 @@ def test_all_that_belongs_to_it(works: Works, folder: There,
             'gamma_2.0-1.dsc', 'gamma_2.0.orig.tar.xz']),
         'tools-lock': [f'tools-{host}.lock'],
         'tools-package': ['alpha_1_amd64.deb'], 'tools-source': alpha,
-        'packages': ['mini-x86_64.packages'],
+        'packages': ['mini-x86_64.packages.spdx.json'],
         'licences': ['mini-x86_64.licences.json'],
         'log': ['mini-x86_64.log'],
         'provenance': ['mini-x86_64.provenance.json'],
@@ -188,8 +188,10 @@ def content(works: Works, there: There, role: str) -> bytes:
 def test_what_it_says(works: Works, folder: There) -> None:
     '''The texts beside an image.'''
     publish(works, folder)
-    assert content(works, folder, 'packages').decode() == (
-        'alpha 1 amd64 alpha=1\nbeta 1:2.0-1+b1 amd64 gamma=1:2.0-1\n')
+    packages = json.loads(content(works, folder, 'packages'))['packages']
+    assert [(p['name'], p['versionInfo']) for p in packages[-4:]] == [
+        ('alpha', '1'), ('alpha', '1'), ('beta', '1:2.0-1+b1'),
+        ('gamma', '1:2.0-1')]
     assert content(works, folder, 'log') == b'mkosi was here\n'
     assert content(works, folder, 'lock') == (
         works.definition / 'x86_64.lock').read_bytes()
@@ -198,23 +200,15 @@ def test_what_it_says(works: Works, folder: There) -> None:
     assert licences['texts'][alpha['texts'][0]] == '© alpha\nGPL-2+\n'
     assert (beta['name'], beta['source']) == ('beta', 'gamma=1:2.0-1')
     provenance = json.loads(content(works, folder, 'provenance'))
-    assert provenance['identity'] == works.identity
-    assert provenance['lock'] == works.lock.digest
-    assert provenance['source'] is None
-    assert [i['name'] for i in provenance['inputs']] == ['alpha', 'beta']
-
-
-@pytest.mark.skipif(not shutil.which('git'), reason='needs git')
-@SLOW
-def test_the_commit(works: Works, folder: There) -> None:
-    '''Where the definition came from.'''
-    for command in (('init', '-q'), ('add', '.'), (
-            '-c', 'user.name=A', '-c', 'user.email=a@example.org', 'commit',
-            '-qm', 'all')):
-        subprocess.run(['git', '-C', works.tree, *command], check=True)
-    publish(works, folder)
-    source = json.loads(content(works, folder, 'provenance'))['source']
-    assert len(source['commit']) == 40 and source['modified'] is False
+    assert provenance['predicateType'] == 'https://slsa.dev/provenance/v1'
+    definition = provenance['predicate']['buildDefinition']
+    assert definition['internalParameters']['identity'] == works.identity
+    uses = [d['annotations']['use']
+            for d in definition['resolvedDependencies']]
+    assert uses.count('image') == 2 and 'source' not in uses
+    # As it lies beside the build
+    assert content(works, folder, 'provenance') == (
+        works.folder / 'provenance.json').read_bytes()
 
 
 @SLOW

@@ -530,7 +530,7 @@ def test_inspect(tmp_path: Path, good: Path) -> None:
     (tmp_path / 'disk.qcow2').write_bytes(b'no disk')
     builder = stand_in(tmp_path, tmp_path)
     with pytest.raises(structure.StructureError,
-                       match='broken: mini x86_64') as error:
+                       match='built is broken: mini x86_64') as error:
         structure.inspect(builder, [builder.job])
     assert error.value.exit_code == 6 and error.value.next_step
     kinds = [kind for kind, _, _ in builder.report.events]
