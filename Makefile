@@ -25,8 +25,9 @@ setup:
 lint: setup
 	$(PYTHON) -m series lint
 
+# Files with slow tests wait, or have a program that runs, half of the time
 unit: setup
-	$(PYTHON) -m pytest tests/mkosi
+	$(PYTHON) -m pytest --numprocesses=2 --dist=loadfile tests/mkosi
 
 # A locked package may have left all mirrors by now
 build: setup

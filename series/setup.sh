@@ -82,7 +82,7 @@ venv_whole() {
 import importlib.util, sys
 sys.exit(not all(map(importlib.util.find_spec, (
     "mesonbuild", "ninja", "pycotap", "qemu.qmp", "yaml",
-    "pytest", "flake8", "mypy", "pylint"))))' 2> /dev/null
+    "pytest", "xdist", "flake8", "mypy", "pylint"))))' 2> /dev/null
 }
 
 packages=$(missing_packages | sort -u | sed 's/^/ /' | tr -d '\n')
