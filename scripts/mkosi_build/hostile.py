@@ -347,9 +347,41 @@ def _libfaketime() -> Optional[Path]:
         f'lib*/**/faketime/{FAKETIME}'))), None)
 
 
+# For the build's copy of tools.py. Neither the builder nor mkosi let the
+# environment through, and no library of the host's is where tools run.
+_FAKE_CLOCK = '''
+
+import shutil
+from . import command
+_env = {env!r}
+command.ENVIRONMENT.update(_env)
+_ensure = ensure
+
+
+def ensure(*args, **kwargs):
+    tree = _ensure(*args, **kwargs)
+    library = tree / {source!r}[1:]
+    if not library.exists():
+        library.parent.mkdir()
+        shutil.copyfile({source!r}, library)
+        spawn = tree / PYTHON_PATH / 'mkosi/run.py'
+        before, after = spawn.read_text('utf-8').split('"LANG": "C.UTF-8",')
+        spawn.write_text(f'{{before}}**{{_env!r}},{{after}}', 'utf-8')
+    return tree
+'''
+
+
 def _clock(setting: Setting) -> None:
-    setting.wrapper += ['env', f'LD_PRELOAD={_libfaketime()}',
-                        'FAKETIME=+4000d', 'FAKETIME_DONT_FAKE_MONOTONIC=1']
+    library = str(_libfaketime())
+    # Only now is another, and the past is as it was
+    env = {'LD_PRELOAD': library, 'FAKETIME': '+4000d', 'NO_FAKE_STAT': '1',
+           'FAKETIME_DONT_FAKE_MONOTONIC': '1'}
+    setting.own_tools = True
+    setting.before.append('printf %s ' + shlex.quote(_FAKE_CLOCK.format(
+        env={**env, 'LANG': 'C.UTF-8'}, source=library))
+        + ' >>source/scripts/mkosi_build/tools.py')
+    setting.wrapper += ['env', *(f'{name}={value}'
+                                 for name, value in env.items())]
 
 
 def _one_clock(_host: Host) -> Optional[BuildError]:
@@ -386,13 +418,15 @@ _ALL = (
     _formats('btrfs', 'btrfs-progs', '-q -f'),
     Condition('readdir', 'the order of the files in a folder: shuffled at '
               'each look, by disorderfs, on FUSE', _readdir, _fixed_order),
-    Condition('clock', 'the clock of the builder: 4000 days ahead (not that '
-              'of the tools, which run in a sandbox)', _clock, _one_clock,
-              by_default=False),
+    Condition('clock', 'the clock: 4000 days ahead, but for programs of the '
+              'image\'s own; and the tools tree: unpacked anew', _clock,
+              _one_clock, by_default=False),
 )
 CONDITIONS: Mapping[str, Condition] = {c.name: c for c in _ALL}
 # Of these, a build has one
 FILE_SYSTEMS = ('tmpfs', 'ext4', 'xfs', 'btrfs')
+# With these, a build unpacks the tools
+OWN_TOOLS = ('tools', 'clock')
 
 
 def parse(text: str) -> List[Condition]:

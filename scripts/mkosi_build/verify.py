@@ -349,7 +349,8 @@ def verify(builder: Builder, jobs: Sequence[Job], text: str,
         with builder.cache.lock(f'verify-{job.name}'), \
                 builder.cache.scratch(f'verify-{job.name}') as scratch, \
                 _mount() as mount:
-            _prepare(builder, job, hostile.CONDITIONS['tools'] in wanted)
+            _prepare(builder, job, any(c.name in hostile.OWN_TOOLS
+                                       for c in wanted))
             bench = Bench(builder, job, host, scratch, mount)
             if not _verify(bench, wanted, missing, bisect):
                 differing.append(job)

@@ -45,7 +45,7 @@ def _leaks() -> List[str]:
             'timezone': time.strftime('%z'),
             'locale': os.getenv('LC_ALL'), 'home': os.getenv('HOME'),
             'environment': os.getenv('CANARY'), 'user': os.getuid(),
-            'clock': int(time.time()) >> 26}
+            'clock': time.localtime().tm_year}
     return [f'--environment=SEEN_{name}={value}'
             for name, value in seen.items()]
 '''
@@ -65,7 +65,7 @@ PROBES = {
     'file-system': 'stat -f -c %T .',
     'readdir': 'mkdir many; cd many; touch 1 2 3 4 5 6 7 8 9; echo `ls -U`; '
                'cd ..; rm -r many',
-    'clock': 'echo $SEEN_clock',
+    'clock': 'echo $SEEN_clock `date +%Y` `stat -c %y / | cut -c-4`',
 }
 FILE_SYSTEM_TYPES = {'tmpfs': 'tmpfs', 'ext4': 'ext2/ext3', 'xfs': 'xfs',
                      'btrfs': 'btrfs'}
@@ -312,17 +312,22 @@ def test_all_conditions_reach_a_build(unpackable: Project, debian: Debian
 @SLOW
 @pytest.mark.parametrize('names', [
     ('ext4', 'clock'), ('xfs',), ('btrfs',)])
-def test_by_name_alone(names: Tuple[str, ...], project: Project,
+def test_by_name_alone(names: Tuple[str, ...], unpackable: Project,
                        debian: Debian) -> None:
-    '''File systems of their own; a clock for the builder.'''
+    '''File systems of their own; a clock for builder and tools.'''
     require(*names)
-    seed(project, debian, *probes('file-system', 'clock', 'hostname',
-                                  'path'))
-    event = verified(project, 7, '--conditions', ','.join(names))
+    seed(unpackable, debian, *probes('file-system', 'clock', 'hostname',
+                                     'path'))
+    event = verified(unpackable, 7, '--conditions', ','.join(names))
     first, second = seen(event)
     assert first['path'] == second['path']
     assert second['file-system'] == FILE_SYSTEM_TYPES[names[0]]
-    assert (first['clock'] != second['clock']) is ('clock' in names)
+    # The builder's, the tools', and that of what the kernel has noted
+    years = [[int(year) for year in probe['clock'].split()]
+             for probe in (first, second)]
+    assert len(set(years[0])) == 1
+    assert [now - then for then, now in zip(*years)] in (
+        [[10, 10, 0], [11, 11, 0]] if 'clock' in names else [[0, 0, 0]])
     assert first['hostname'] == second['hostname']
 
 
