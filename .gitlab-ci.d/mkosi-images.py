@@ -131,9 +131,12 @@ def is_published(arch: str, image: str) -> bool:
     the registry's, or the one that this project publishes to.
     '''
     command = [sys.executable, BUILDER, arch, image, '--published']
-    return any(subprocess.run(command, env={**os.environ, **env},
-                              check=False).returncode == 0
-               for env in ({}, destination(os.environ)))
+    own = {**os.environ, **destination(os.environ)}
+    stores = {name: value for name, value in own.items()
+              if not name.startswith('QEMU_MKOSI_PUBLISH')}
+    return any(subprocess.run(command, env=env, check=False).returncode == 0
+               for env in (stores, own)
+               if env is stores or own.get('QEMU_MKOSI_PUBLISH'))
 
 
 def build_one(arch: str, image: str, turn: str) -> None:

@@ -10,6 +10,7 @@ host, or else that of a tools tree.
 
 import bz2
 import lzma
+import re
 import shutil
 import struct
 import tempfile
@@ -17,7 +18,7 @@ import zlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 from . import command, sandbox
 from .error import HostError
@@ -47,12 +48,8 @@ def decompress(data: bytes, tree: Optional[Path] = None) -> bytes:
     '''
     kind = compression(data)
     try:
-        if kind == 'gzip':
-            return _gunzip(data)
-        if kind == 'xz':
-            return lzma.decompress(data)
-        if kind == 'bzip2':
-            return bz2.decompress(data)
+        if kind is not None and kind in _STREAMS:
+            return _unpack(data, kind)
     except (zlib.error, lzma.LZMAError, OSError, ValueError, EOFError) as e:
         raise Malformed(f'{kind} data', None, 'a whole stream',
                         str(e)) from e
@@ -62,11 +59,23 @@ def decompress(data: bytes, tree: Optional[Path] = None) -> bytes:
                     data[:6].hex() or 'nothing')
 
 
-def _gunzip(data: bytes) -> bytes:
-    parts = []
+_STREAMS: Mapping[str, Callable[[], Any]] = {
+    'gzip': lambda: zlib.decompressobj(31), 'xz': lzma.LZMADecompressor,
+    'bzip2': bz2.BZ2Decompressor}
+
+
+def _unpack(data: bytes, kind: str) -> bytes:
+    parts: List[bytes] = []
+    left = MAX_FILE
     while data:
-        stream = zlib.decompressobj(31)
-        parts.append(stream.decompress(data, MAX_FILE) + stream.flush())
+        if parts and kind != 'gzip' and compression(data) != kind:
+            # Of these two, the programs ignore what follows
+            break
+        stream = _STREAMS[kind]()
+        parts.append(stream.decompress(data, left + 1))
+        left -= len(parts[-1])
+        if left < 0:
+            raise ValueError(f'more than {MAX_FILE} bytes')
         if not stream.eof:
             raise EOFError('the end of the data before that of the stream')
         # gzip itself takes zeros at the end for padding
@@ -168,7 +177,8 @@ def _members(data: bytes, offset: int) -> Tuple[List[Member], int]:
         head = data[offset:offset + 110]
         place = f'cpio header {len(found)}'
         try:
-            if len(head) < 110 or not head.startswith(CPIO):
+            # int() takes signs and spaces, too
+            if not re.fullmatch(CPIO + rb'[0-9A-Fa-f]{104}', head):
                 raise ValueError
             values = [int(head[6 + 8 * i:14 + 8 * i], 16) for i in range(13)]
         except ValueError:

@@ -36,7 +36,7 @@ PRUNE = 'prune'
 # Where a builder's processes may be about to open what no lock protects
 UNLOCKED = ('store', 'tools', 'sources')
 # What can be had again: prunable for want of space, though referred to
-AGAIN = ('store', 'tools', 'newer', 'sources')
+AGAIN = ('store', 'tools', 'newer', 'sources', 'declared', 'verify')
 
 
 # -- What is in use ---------------------------------------------------------
@@ -204,10 +204,9 @@ def prune(registry: Registry, cache: Cache, report: Report,
     def waiting() -> None:
         report.event('waiting', '         waiting for another --prune')
 
-    known = References(registry, cache)
     try:
         with cache.lock(PRUNE, waiting), cache.scratch(PRUNE) as work:
-            survey = Survey(cache, known)
+            survey = Survey(cache, References(registry, cache))
             survey.entries = [entry for entry in survey.entries
                               if entry.paths != [work]]
             _prune(survey, Pruner(survey, work, report), limit)

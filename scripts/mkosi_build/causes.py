@@ -56,7 +56,8 @@ def _lines(finding: Finding) -> Optional[Tuple[List[bytes], List[bytes]]]:
 
 def _reordered(finding: Finding) -> bool:
     lines = _lines(finding)
-    return lines is not None and sorted(lines[0]) == sorted(lines[1])
+    return (lines is not None and lines[0] != lines[1]
+            and sorted(lines[0]) == sorted(lines[1]))
 
 
 def _same_but(pattern: bytes) -> Callable[[Finding], bool]:
@@ -163,7 +164,7 @@ RULES: Sequence[Rule] = (
              form='cpio')),
     (Cause('gzip-header', 'gzip keeps the time and the name of the file',
            'gzip -n'), lambda f: f.aspect in ('time', 'name')
-     and f.form in ('gzip', 'cpio (gzip)')),
+     and f.form in ('gzip', 'cpio (gzip)') and not f.path),
     (Cause('pe-time', 'the time at which an EFI program was linked',
            'run ukify, or what else made it, with SOURCE_DATE_EPOCH set'),
      _aspect('time', form='PE')),

@@ -153,7 +153,7 @@ class Command:
                                provenance.describe)
         self.registry: Registry = registries.load(registries.DEFAULT)
         self.upkeep = upkeep.Call(arguments, self.builder, self.registry,
-                                  self.archs, self.images, self.jobs)
+                                  self.images, self.jobs)
 
     def run(self, update_lock: bool, mode: Optional[str]) -> List[Result]:
         '''Do what was asked for. Returns what was built, if it was here.'''

@@ -59,8 +59,8 @@ def _packages(lock: Lock) -> _Objects:
 
 def _sources(used: Sequence[Lock], cache: Cache) -> Optional[_Objects]:
     '''
-    Of the lists that --sources has made of the locks @used: hash, size and
-    more. None where one of them was not made.
+    Of the lists that were made of the locks @used, by --publish of all and
+    by --sources of images': hash, size and more. None where one was not.
     '''
     found: _Objects = {}
     for lock in used:
@@ -79,7 +79,7 @@ def _seconds(folder: Path) -> Optional[float]:
     try:
         seconds = json.loads((folder / RECORD).read_bytes())['seconds']
         return float(seconds)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -151,8 +151,8 @@ def _tell_all(found: Sequence[Version], versions: int, years: int,
             f'year for {years} years: {least / 1e9:.2f} to '
             f'{most / 1e9:.2f} GB, if only artefacts change, or everything')
     if any(one.sources is None for one in found):
-        text += ('\nwithout the sources that are not known here; --sources '
-                 'gathers them')
+        text += ('\nwithout the sources that are not known here; --publish '
+                 'gathers them, those of the tools, too')
     measured = [one.seconds for one in found if one.seconds is not None]
     text += '\nrunners: ' + (
         'not measured here: no build is in this cache' if not measured else

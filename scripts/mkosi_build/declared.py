@@ -310,7 +310,8 @@ def _of_rpms(lock: Lock, store: Store, tree: Path) -> Dict[str, Declared]:
             'rpm', '-qp', '--nosignature', '--queryformat', '%{LICENSE}\\n',
             *(p.sha256 for p in lock.packages)], store.folder, Path(log.name))
         said = log.read().decode(errors='replace')
-    lines = said.splitlines()
+    # A licence may have what Python, too, takes for the end of a line
+    lines = said.rstrip('\n').split('\n')
     if status or len(lines) != len(lock.packages):
         raise MkosiError(f'rpm failed (exit code {status}): {said.strip()}')
     return {p.sha256: of_tag(p.name, line)

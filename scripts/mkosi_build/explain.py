@@ -8,6 +8,7 @@ sides, the known cause if it is one, and its mend.
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -128,7 +129,8 @@ def diffoscope(finding: Finding) -> str:
             or max(map(len, finding.data)) > _DIFFOSCOPE_SIZE):
         return ''
     # Its readers go by the name, too
-    name = Path(finding.path).name or 'data'
+    name = re.sub(r'[^\w.-]', '_', Path(finding.path).name)[-99:]
+    name = name.lstrip('.') or 'data'
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder, side, name) for side in ('before', 'after')]
         for path, data in zip(paths, finding.data):

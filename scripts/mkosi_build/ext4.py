@@ -277,23 +277,27 @@ class Ext4:
             raise Malformed(name, inode.offset + 0x20, 'extents',
                             f'flags {inode.flags:#x}')
         found: List[Tuple[int, int, int, bool]] = []
-        pending = [(inode.raw[0x28:0x64], inode.offset + 0x28)]
+        # Where a node is, the inode's own for none, and its depth
+        pending: List[Tuple[Optional[int], int]] = [(None, -1)]
         seen = 0
         while pending:
-            node, place = pending.pop()
+            offset, expected = pending.pop()
+            if offset is None:
+                node, place = inode.raw[0x28:0x64], inode.offset + 0x28
+            else:
+                node = self.source.take(offset, self.block, name)
+                place = self.source.origin + offset
             magic, count, _, depth = struct.unpack_from('<HHHH', node)
             seen += 1
             if (magic != 0xf30a or depth > 5 or 12 * (count + 1) > len(node)
-                    or seen > 10000):
+                    or expected not in (-1, depth) or seen > 10000):
                 raise Malformed(name, place, 'magic 0xf30a',
                                 f'{magic:#x}, depth {depth}, {count} entries')
             for at in range(12, 12 * (count + 1), 12):
                 if depth:
                     low, high = struct.unpack_from('<IH', node, at + 4)
-                    offset = (low | high << 32) * self.block
-                    pending.append((self.source.take(offset, self.block,
-                                                     name),
-                                    self.source.origin + offset))
+                    pending.append(((low | high << 32) * self.block,
+                                    depth - 1))
                 else:
                     found.append(self._leaf(node[at:at + 12]))
         return sorted(found)

@@ -182,7 +182,7 @@ class References:
         except FileNotFoundError:
             pass
         except (OSError, ValueError, KeyError, TypeError,
-                AttributeError) as e:
+                AttributeError, RecursionError) as e:
             raise InputError(
                 f'{cache.override}: not a file that --local wrote: {e!r}',
                 next_step='remove it, or build again with --local') from e
@@ -202,7 +202,8 @@ def hashes_of(build: Path) -> Set[str]:
         record = json.loads((build / RECORD).read_bytes())
         return {str(known['sha256'])
                 for known in record['artefacts'].values()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError,
+            RecursionError):
         return set()
 
 
@@ -214,18 +215,18 @@ class Survey:
         self.known = known
         self.now = time.time()
         self.entries: List[Entry] = []
-        for name, look in (('store', self._store), ('tools', self._tools),
-                           ('images', self._images), ('work', self._work),
-                           ('log', self._log), ('newer', self._newer),
-                           ('sources', self._sources)):
+        parts = {'store': self._store, 'tools': self._tools,
+                 'images': self._images, 'work': self._work,
+                 'log': self._log, 'newer': self._newer,
+                 'sources': self._sources, 'declared': self._declared,
+                 'verify': self._verify}
+        for name, look in parts.items():
             for path in children(cache.root / name):
                 look(path)
-        parts = ('store', 'tools', 'images', 'work', 'log', 'newer',
-                 'sources', 'locks')
         for path in children(cache.root):
             if path == cache.override:
                 self._add('override', path, ['tests'])
-            elif path.name not in parts:
+            elif path.name not in (*parts, 'locks'):
                 self._other(path)
         self._assets()
 
@@ -319,6 +320,21 @@ class Survey:
                       'a list of sources of no lock', 'sources')
         else:
             self._other(path, 'sources')
+
+    def _declared(self, path: Path) -> None:
+        if path.suffix == '.json' and _HASH.fullmatch(path.stem):
+            self._add('declared', path, self.known.packages.get(path.stem),
+                      'of a package of no lock')
+        else:
+            self._other(path)
+
+    def _verify(self, path: Path) -> None:
+        if path.suffix in ('.json', '.differs'):
+            user = self.known.jobs.get(path.stem)
+            self._add('verify', path, [user] if user else [],
+                      'a comparison of no image', f'verify-{path.stem}')
+        else:
+            self._other(path)
 
     def _assets(self) -> None:
         old: Set[str] = set()

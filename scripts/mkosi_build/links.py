@@ -8,7 +8,6 @@ Polite: few connections at once, fewer to a host, Retry-After is honoured,
 and a source that fails again and again is left alone.
 '''
 
-import email.utils
 import http.client
 import os
 import queue
@@ -19,7 +18,6 @@ import urllib.parse
 import urllib.request
 from collections import Counter
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
@@ -29,8 +27,8 @@ from .error import FetchError
 from .lock import Lock
 from .registry import Image, Registry, Target
 from .report import Report
-from .store import hide_password, host_mirrors
-from .transfer import request_for
+from .store import hide_password, host_mirrors, is_mirror
+from .transfer import request_for, seconds_to_wait
 
 STORES = 'QEMU_TEST_MKOSI_STORES'
 USER_AGENT = 'qemu-mkosi-build (check-links)'
@@ -127,20 +125,6 @@ class _Redirect(urllib.request.HTTPRedirectHandler):
         if new is not None:
             new.method = req.get_method()
         return new
-
-
-def _retry_after(error: urllib.error.HTTPError) -> Optional[float]:
-    '''The seconds to wait, None if the host does not say (RFC 9110).'''
-    value = (error.headers.get('Retry-After') or '').strip()
-    if value.isdigit():
-        return float(value)
-    try:
-        then = email.utils.parsedate_to_datetime(value)
-    except (TypeError, ValueError):
-        return None
-    if then.tzinfo is None:
-        then = then.replace(tzinfo=timezone.utc)
-    return max(0.0, (then - datetime.now(timezone.utc)).total_seconds())
 
 
 def _length(response: 'http.client.HTTPResponse') -> Optional[int]:
@@ -283,7 +267,7 @@ def _refused(error: urllib.error.HTTPError) -> Answer:
         if error.code in NOT_THERE:
             return Answer(GONE, text)
         if error.code in (429, 503):
-            raise _Later(text, _retry_after(error))
+            raise _Later(text, seconds_to_wait(error.headers))
         if error.code >= 500:
             raise OSError(text)
         return Answer(UNKNOWN, text)
@@ -308,9 +292,7 @@ def stores(registry: Registry) -> List[str]:
     '''
     own = os.getenv(STORES, '').split()
     for url in own:
-        parts = urllib.parse.urlsplit(url)
-        if not (url.startswith('/') or parts.scheme == 'file' and parts.path
-                or parts.scheme in ('http', 'https') and parts.hostname):
+        if not (url.startswith('/') or is_mirror(url)):
             raise FetchError(f'{STORES}: expected http, https or file URLs, '
                              'or absolute paths, found '
                              f'{hide_password(url)!r}', next_step='write it '

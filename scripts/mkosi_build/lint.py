@@ -103,6 +103,7 @@ def _partitions(definition: Definition) -> List[List[Setting]]:
         if setting.name == 'RepartDirectories':
             if not setting.value:
                 found.clear()
+                continue
             for path in Path(setting.value).glob('*.conf'):
                 found[path.name] = path
     return [mkosi.read(path, definition.base)

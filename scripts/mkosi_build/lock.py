@@ -214,9 +214,17 @@ def _includes(folder: Path) -> List[str]:
     names: List[str] = []
     for path in sorted((folder / 'mkosi.conf',
                         *folder.glob('mkosi.conf.d/**/*.conf'))):
+        if path.is_dir():
+            continue
+        try:
+            text = path.read_text(encoding='utf-8')
+        except UnicodeDecodeError as e:
+            raise InputError(f'{path}: expected UTF-8, found byte '
+                             f'{e.object[e.start]:#x} at {e.start}',
+                             next_step='save it as UTF-8') from e
         # A setting goes on in the lines below it that are indented
-        for value in re.findall(r'^Include *=(.*(?:\n[ \t].*)*)',
-                                path.read_text(encoding='utf-8'), re.M):
+        for value in re.findall(r'^Include *=(.*(?:\n[ \t].*)*)', text,
+                                re.M):
             for name in re.split(r'[\s,]+', value.strip()):
                 if not _INCLUDE.fullmatch(name):
                     raise InputError(

@@ -11,6 +11,7 @@ See https://spdx.github.io/spdx-spec/v2.3/ and, for the package URLs,
 https://github.com/package-url/purl-spec.
 '''
 
+import hashlib
 import json
 import re
 import urllib.parse
@@ -108,7 +109,9 @@ def _binaries(lock: Lock, declared: Mapping[str, Declared],
         identifier = _identifier('Package', package.name,
                                  package.sha256[:12])
         name, version = source(lock, package)
-        origin = _identifier('Source', name, version)
+        # Names and versions may have what an identifier may not
+        digest = hashlib.sha256(f'{name}={version}'.encode()).hexdigest()
+        origin = _identifier('Source', name, digest[:12])
         found[identifier] = _package(
             identifier, package.name, package.version,
             packageFileName=package.file_name, supplier=supplier,

@@ -137,7 +137,8 @@ def load(path: Path) -> Dict[str, Any]:
         builds = plan['builds']
         if schema == SCHEMA and not all(
                 isinstance(build['outputs'][kind][key], (str, int, type(None)))
-                for build in builds.values() for kind in build['outputs']
+                for build in builds.values()
+                for kind, _ in build['outputs'].items()
                 for key in ('sha256', 'size')):
             raise ValueError('no outputs')
     except OSError as e:
@@ -159,7 +160,7 @@ def differences(planned: Any, found: Any,
         for key in sorted({*planned, *found}):
             yield from differences(planned.get(key, _NOTHING),
                                    found.get(key, _NOTHING),
-                                   f'{where}/{key}')
+                                   f'{where}/{_plain(key)}')
     elif (isinstance(planned, list) and isinstance(found, list)
           and len(planned) == len(found)):
         for number, (one, other) in enumerate(zip(planned, found)):
@@ -172,10 +173,18 @@ def differences(planned: Any, found: Any,
 _NOTHING = object()
 
 
+def _plain(name: str) -> str:
+    '''@name, which may be anything, for a terminal.'''
+    return json.dumps(name)[1:-1]
+
+
 def _shown(value: Any) -> str:
     if value is _NOTHING:
         return 'nothing'
-    text = json.dumps(value, sort_keys=True)
+    try:
+        text = json.dumps(value, sort_keys=True)
+    except RecursionError:
+        return 'something of great depth'
     return text if len(text) <= 80 else f'{text[:77]}...'
 
 
@@ -230,7 +239,7 @@ def follow(builder: Builder, path: Path, jobs: Sequence[Job]) -> None:
     if not chosen:
         raise InputError(
             f'{path}: expected a build of what was asked for, found '
-            f'{", ".join(sorted(builds)) or "none"}',
+            f'{", ".join(map(_plain, sorted(builds))) or "none"}',
             next_step='name an architecture and images that it has')
     for name, job in chosen:
         require_same(name, builds[name], job)

@@ -24,6 +24,7 @@ provenance, sources (which source files are of what).
 
 import json
 import os
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ from .registry import Registry
 FORMAT = 'mkosi-build index 1'
 CONNECTIONS = 4
 STORES = 'QEMU_TEST_MKOSI_STORES'
+
+_HASH = re.compile('[0-9a-f]{64}')
 
 
 @dataclass(frozen=True, order=True)
@@ -154,7 +157,7 @@ def _known(destination: Destination, job: Job,
     try:
         found = json.loads(data)
         del found['published']
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         if (_cut_off(data, index)
                 and destination.remove_half_made(index_name(job))):
             return False
@@ -361,13 +364,14 @@ def _tell_one(builder: Builder, store: Destination, job: Job) -> str:
         if data is None:
             state, reason = 'missing', 'no index'
         else:
-            missing, count = _check(store, data)
+            missing, count = _check(store, job, data)
             if missing:
                 state = 'incomplete'
                 reason = f'{len(missing)} of {count} objects are not there'
     except PublishError as e:
         state, reason = 'unreachable', e.message
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError,
+            RecursionError):
         state, reason = 'incomplete', 'the index is damaged'
     builder.report.event(
         'availability', f'{job.image.name} {job.target.arch}: {state} at '
@@ -377,17 +381,27 @@ def _tell_one(builder: Builder, store: Destination, job: Job) -> str:
     return state
 
 
-def _check(store: Destination, data: bytes) -> Tuple[List[str], int]:
+def _check(store: Destination, job: Job,
+           data: bytes) -> Tuple[List[str], int]:
     '''
     The objects of the index @data that are not there, or have another
-    size; and how many there ought to be.
+    size; and how many there ought to be. Raises ValueError, KeyError,
+    TypeError, AttributeError or RecursionError unless it is one of @job.
     '''
     index = json.loads(data)
     sizes: Dict[str, int] = {
         entry['sha256']: entry['size'] for entry in
         (*index['objects'], *index['published']['objects'])}
+    artefacts = {artefact.sha256 for artefact
+                 in job.target.artefacts.values() if job.target.built}
+    if ((index['format'], index['image'], index['arch'], index['identity'])
+            != (FORMAT, job.image.name, job.target.arch, job.identity)
+            or not sizes or not artefacts <= set(sizes)
+            or not all(_HASH.fullmatch(sha256) and type(size) is int
+                       for sha256, size in sizes.items())):
+        raise ValueError('not an index of this image')
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         found = list(pool.map(store.size, sizes))
     # Not every server says the size
     return ([sha256 for (sha256, size), there in zip(sizes.items(), found)
-             if there not in (size, -1)], len(sizes))
+             if there is None or there not in (size, -1)], len(sizes))

@@ -32,6 +32,7 @@ _COMPRESSED = 1 << 62
 _ZERO = 1
 # 4 TiB in clusters of 64 KiB
 _MAX_L1 = 8192
+_MAX_PROBLEMS = 1000
 
 
 def problems(header: Dict[str, object], file_size: int) -> List[Problem]:
@@ -69,7 +70,8 @@ def problems(header: Dict[str, object], file_size: int) -> List[Problem]:
            '104 or more', get('header length'))
     expect('refcount order', get('refcount order') <= 6, 'at most 6',
            get('refcount order'))
-    if not found:
+    # Another version is read all the same
+    if all(p.structure.endswith('version') for p in found):
         cluster = 1 << get('cluster bits')
         span = cluster * (cluster // 8)
         needed = -(-get('size') // span)
@@ -138,15 +140,17 @@ class Qcow2(Source):
 
     def check(self) -> List[Problem]:
         '''The clusters that can't be read.'''
-        found: List[Problem] = []
+        # In order, each once; after so many, the file is not worth more
+        found: Dict[Problem, None] = {}
         for index in range(-(-self.size // self.cluster)):
             try:
                 if self.entry(index):
                     self._load(index)
             except Malformed as e:
-                if e.problem not in found:
-                    found.append(e.problem)
-        return found
+                found[e.problem] = None
+                if len(found) == _MAX_PROBLEMS:
+                    break
+        return list(found)
 
     def _load(self, cluster: int) -> bytes:
         entry = self.entry(cluster)

@@ -137,6 +137,15 @@ class SettingError(InputError):
         self.found = found
 
 
+def _text(path: Path, file: str) -> str:
+    try:
+        return path.read_text(encoding='utf-8')
+    except UnicodeDecodeError as e:
+        raise SettingError(file, 'content', 'UTF-8',
+                           f'byte {e.object[e.start]:#x} at {e.start}',
+                           'save it as UTF-8') from e
+
+
 def read(path: Path, base: Path) -> List[Setting]:
     '''
     All settings in the file @path, headers among them, by the rules of
@@ -146,7 +155,7 @@ def read(path: Path, base: Path) -> List[Setting]:
     file = path.relative_to(base).as_posix()
     found: List[Setting] = []
     section = name = ''
-    text = textwrap.dedent(path.read_text(encoding='utf-8'))
+    text = textwrap.dedent(_text(path, file))
     for number, raw in enumerate(text.splitlines(), 1):
         line = raw.partition('#')[0].rstrip()
         if not line:
@@ -260,11 +269,10 @@ class _Resolver:
         for name, (section, key) in {**TEXTS, **PATHS}.items():
             path = where / name
             if path.exists():
-                value = (path.read_text(encoding='utf-8').rstrip('\n')
-                         if name in TEXTS else str(path))
-                self.found.append(Setting(
-                    path.relative_to(self.base).as_posix(), 1, section, key,
-                    value))
+                file = path.relative_to(self.base).as_posix()
+                value = (_text(path, file).rstrip('\n') if name in TEXTS
+                         else str(path))
+                self.found.append(Setting(file, 1, section, key, value))
         self.take(where, settings)
         more = where / 'mkosi.conf.d'
         for path in sorted(more.iterdir()) if more.is_dir() else []:

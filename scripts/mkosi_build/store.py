@@ -54,10 +54,11 @@ class GoneError(FetchError):
 
 def hide_password(url: str) -> str:
     '''@url without user name and password, fit for messages.'''
-    return re.sub(r'//[^/@\s]*@', '//', url)
+    return re.sub(r'//[^/\s]*@', '//', url)
 
 
-def _is_mirror(url: str) -> bool:
+def is_mirror(url: str) -> bool:
+    '''Whether files can be had from below @url: http, https or file.'''
     try:
         parts = urllib.parse.urlsplit(url)
         if parts.scheme == 'file':
@@ -104,7 +105,7 @@ def _dnf_mirrors(release: str, arch: str) -> List[str]:
         for url in conf.get('fedora', 'baseurl', fallback='').split():
             url = url.replace('$releasever', release)
             mirrors.append(url.replace('$basearch', arch))
-    return [url for url in mirrors if _is_mirror(url) and '$' not in url]
+    return [url for url in mirrors if is_mirror(url) and '$' not in url]
 
 
 def host_mirrors(distribution: str, release: str = '', arch: str = '',
@@ -122,7 +123,7 @@ def host_mirrors(distribution: str, release: str = '', arch: str = '',
     mirrors = [url.replace('{arch}', name) for url in
                os.getenv('QEMU_MKOSI_MIRROR', '').split()]
     for mirror in mirrors:
-        if not _is_mirror(mirror):
+        if not is_mirror(mirror):
             raise FetchError('QEMU_MKOSI_MIRROR: expected http, https or '
                              f'file URLs, found {hide_password(mirror)!r}',
                              next_step='write it as http://HOST/debian')

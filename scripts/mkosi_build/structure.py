@@ -14,7 +14,7 @@ from .build import Builder, Job, Result
 from .error import FetchError, MkosiError
 from .ext4 import MAGIC as EXT4, START as EXT4_START, Ext4
 from .fat import Fat
-from .reading import File, Malformed, Problem, Source, crc32c
+from .reading import File, Malformed, Problem, Source, crc32c, number
 
 # What firmware looks for on the ESP
 BOOT_FILES = {'x86_64': '/EFI/BOOT/BOOTX64.EFI',
@@ -148,7 +148,7 @@ def check_uki(data: bytes, arch: str,
         if found.fields.get(name) != value:
             problems.append(Problem(f'PE file, {name}', found.offsets[name],
                                     f'{value:#x}',
-                                    f'{found.fields.get(name):#x}'))
+                                    f'{number(found.fields, name):#x}'))
 
     expect('machine', archives.MACHINES[arch])
     expect('subsystem', EFI_APPLICATION)

@@ -317,7 +317,7 @@ def _http_error(error: urllib.error.HTTPError, url: str) -> TransferError:
     if error.code == 416:
         return Wrong(said)
     if error.code in (429, 503):
-        wait = _seconds_to_wait(error.headers)
+        wait = seconds_to_wait(error.headers)
         return Busy(said if wait is None else
                     f'{said}, asks to wait for {wait:.0f} s', wait)
     if error.code < 400:
@@ -332,8 +332,8 @@ def _network_error(error: Exception) -> TransferError:
     return TransferError(_plain(str(reason or error)) or repr(type(error)))
 
 
-def _seconds_to_wait(headers: Message) -> Optional[float]:
-    '''What Retry-After says (RFC 9110, 10.2.3), None if nothing.'''
+def seconds_to_wait(headers: Message) -> Optional[float]:
+    '''The seconds that Retry-After says (RFC 9110, 10.2.3), if it does.'''
     text = headers.get('Retry-After', '').strip()
     if re.fullmatch('[0-9]{1,9}', text):
         return float(text)
@@ -369,7 +369,8 @@ def _resumes(response: Any, have: int, size: int) -> bool:
         if not re.fullmatch(rf'bytes {have}-{size - 1}/({size}|\*)', found):
             raise Wrong(f'expected bytes {have}-{size - 1}/{size}, '
                         f'found {_plain(found)!r}')
-        return True
+        # Who was asked for all may say so, too
+        return have > 0
     # Files have no status
     if response.status not in (None, 200):
         raise Unusable(f'unexpected HTTP status {response.status}')
@@ -486,7 +487,7 @@ def transfer(source: str, part: Path, size: int, sha256: str, *,
     Stopped once @stop is set.
     '''
     while True:
-        resumed = part.exists()
+        resumed = part.exists() and part.stat().st_size > 0
         try:
             _try_patiently(source, part, size, sha256, limits,
                            stop or threading.Event())

@@ -7,7 +7,7 @@ each, with the function behind it.
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from . import (care, costs, hostile, links, plan, publish, sources, structure,
                verify)
@@ -27,7 +27,6 @@ class Call:
     arguments: argparse.Namespace
     builder: Builder
     registry: Registry
-    archs: Sequence[str]
     chosen: Callable[[], List[Tuple[Image, Target]]]
     jobs: Callable[[], List[Job]]
 

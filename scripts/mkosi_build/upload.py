@@ -15,7 +15,6 @@ Retry-After: RFC 9110, 10.2.3
 
 import base64
 import contextlib
-import email.utils
 import http.client
 import os
 import re
@@ -31,6 +30,7 @@ from typing import (IO, Any, Callable, Dict, Iterator, List, NoReturn,
 from .destination import CHUNK, Destination, Folder, Item, Transient
 from .error import PublishError, UsageError
 from .store import hide_password
+from .transfer import seconds_to_wait
 
 # Seconds without a byte before a connection counts as dead
 TIMEOUT = 60.0
@@ -111,18 +111,10 @@ def _local(host: Optional[str]) -> bool:
         re.fullmatch(r'127(\.[0-9]{1,3}){3}', host or ''))
 
 
-def _wait(headers: Any) -> float:
-    '''How many seconds the server asks to wait, nothing if it does not.'''
-    value = headers.get('Retry-After', '')
-    if value.isdigit():
-        return float(value)
-    try:
-        until = email.utils.parsedate_to_datetime(value)
-        # By the server's clock: ours may be wrong
-        now = email.utils.parsedate_to_datetime(headers['Date'])
-        return max(0.0, (until - now).total_seconds())
-    except (TypeError, ValueError, IndexError):
-        return 0.0
+def _length(headers: Any) -> Optional[int]:
+    '''The Content-Length, None if there is none.'''
+    text = headers.get('Content-Length', '')
+    return int(text) if re.fullmatch('[0-9]{1,18}', text) else None
 
 
 # What servers say that can't rename, or where something is in the way
@@ -188,7 +180,8 @@ class Server(Destination):
         '''@text without what nobody is to see.'''
         for hidden in self.hidden:
             text = text.replace(hidden, '***')
-        return hide_password(' '.join(text.split()))
+        return hide_password(''.join(
+            c if c.isprintable() else '?' for c in ' '.join(text.split())))
 
     def _refuse(self, method: str, name: str,
                 response: urllib.error.HTTPError) -> NoReturn:
@@ -196,17 +189,19 @@ class Server(Destination):
         said = f'HTTP {code}'
         if 300 <= code < 400:
             # All else of it may have a signature that lets one in
-            where = urllib.parse.urlsplit(response.headers.get('Location',
-                                                               ''))
-            said += f', to {where.scheme}://{where.hostname}'
+            with contextlib.suppress(ValueError):
+                where = urllib.parse.urlsplit(
+                    response.headers.get('Location', ''))
+                said += f', to {where.scheme}://{where.hostname}'
         else:
             with contextlib.suppress(OSError, http.client.HTTPException):
+                # More than is shown: a token at its end is then whole
                 said += (f' {response.reason}: '
-                         f'{response.read(300).decode(errors="replace")}')
-        said = self._plain(said)
+                         f'{response.read(9999).decode(errors="replace")}')
+        said = self._plain(said)[:400]
         if code in (408, 409, 425, 429) or code >= 500 and code not in (
                 501, 507):
-            raise Transient(said, _wait(response.headers))
+            raise Transient(said, seconds_to_wait(response.headers) or 0.0)
         raise PublishError(f'{self.shown}: {method} {name}: {said}',
                            next_step=self._next_step(code))
 
@@ -252,8 +247,8 @@ class Server(Destination):
                 yield chunk
         except (OSError, http.client.HTTPException) as e:
             raise self._lost(e) from e
-        promised = response.headers.get('Content-Length', '')
-        if promised.isdigit() and int(promised) != length:
+        promised = _length(response.headers)
+        if promised not in (None, length):
             raise Transient(f'connection closed after {length} of '
                             f'{promised} bytes')
 
@@ -268,8 +263,8 @@ class Server(Destination):
                 code, headers = response.code, response.headers
         if code in gone:
             return None
-        length = headers.get('Content-Length', '')
-        return int(length) if length.isdigit() else -1
+        length = _length(headers)
+        return -1 if length is None else length
 
     def _put(self, item: Item) -> bool:
         if self.moves is None:

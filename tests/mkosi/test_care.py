@@ -83,6 +83,10 @@ def fill_current(upkeep: Upkeep) -> None:
           / f'{upkeep.lock("one").digest}.list',
           f'{package("source").sha256} 100 source 1 source.dsc\n')
     upkeep.add_package(package('source'))
+    write(upkeep.cache.root / 'declared'
+          / f'{package("one").sha256}.json', '{}')
+    write(upkeep.cache.root / 'verify/one-x86_64.json', '{}')
+    write(upkeep.cache.root / 'verify/one-x86_64.differs/first/vmlinuz')
     # What --local built, of two: the registry does not know it
     upkeep.add_build('two', OLD, of='local')
     write(upkeep.cache.override, json.dumps({'schema': 1, 'images': {'two': {
@@ -113,6 +117,8 @@ def fill_old(upkeep: Upkeep) -> None:
     write(upkeep.cache.root / 'work/one-x86_64/half')
     write(upkeep.cache.root / 'log/gone-x86_64.log')
     write(upkeep.cache.root / 'newer' / ('f' * 64) / 'image.lock', 'x')
+    write(upkeep.cache.root / 'declared' / f'{"6" * 64}.json', '{}')
+    write(upkeep.cache.root / 'verify/gone-x86_64.differs/first/vmlinuz')
     write(upkeep.cache.root / 'sources' / f'{"5" * 64}.list',
           f'{package("one", "0").sha256} 100 one 0 one.dsc\n')
 
@@ -143,7 +149,7 @@ def test_dry_run(upkeep: Upkeep) -> None:
     goes = {name for name, event in told.items() if event['prunable']}
     prune(upkeep)
     assert set(held(upkeep)) == set(told) - goes
-    assert len(goes) == 15
+    assert len(goes) == 17
 
 
 def test_users(upkeep: Upkeep) -> None:
@@ -320,7 +326,8 @@ def test_limit(upkeep: Upkeep) -> None:
     assert prune(upkeep, size) == {}
     assert len(list(upkeep.cache.store.iterdir())) == 7
     prune(upkeep, size - 1)
-    # One thing went
+    # One thing went, and not that
+    assert len(list(upkeep.cache.store.iterdir())) >= 6 and newest.exists()
     assert holdings.total(holdings.Survey(upkeep.cache, holdings.References(
         upkeep.registry, upkeep.cache)).entries) < size
     stream = io.StringIO()

@@ -381,6 +381,17 @@ def test_diffoscope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert says('echo never; exit 1') == ''
 
 
+@pytest.mark.skipif(not shutil.which('diffoscope'),
+                    reason='needs diffoscope')
+def test_real_diffoscope(tmp_path: Path) -> None:
+    '''What it says, and nothing of the folders that we made for it.'''
+    paths = tmp_path / 'a', tmp_path / 'b'
+    paths[0].write_bytes(b'port=1\n')
+    paths[1].write_bytes(b'port=2\n')
+    detail = only(*paths).detail
+    assert '\n-port=1\n+port=2' in detail
+
+
 def test_many_are_cut() -> None:
     '''A person reads the first twenty.'''
     many = [explain.Difference((), f'/{n}', 'content', 'a', 'b')

@@ -244,6 +244,10 @@ def test_many_differences(project: Project) -> None:
     ('{"schema": 1, "builds": {"mini x86_64": {}}}', 'not a plan'),
     ('{"schema": 1, "builds": {"mini x86_64": {"outputs": {"disk": 1}}}}',
      'not a plan of a build'),
+    ('{"schema": 1, "builds": {"mini x86_64": {"outputs": []}}}',
+     'not a plan of a build'),
+    ('{"schema": 1, "builds": {"\\u001b[2J x86_64": {"outputs": {}}}}',
+     'found \\u001b[2J x86_64'),
     ('[' * 100000, 'not a plan of a build'),
     ('{"schema": 2, "builds": {}}', 'expected a plan of schema 1, found 2'),
     ('{"schema": 1, "builds": {}}', 'what was asked for, found none')])

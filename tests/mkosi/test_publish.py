@@ -577,12 +577,28 @@ def test_not_published(works: Works, folder: There) -> None:
     assert 'not published, or not wholly: mini x86_64' in said
 
 
-def test_damaged_index(works: Works, folder: There) -> None:
+@pytest.mark.parametrize('text', [
+    '[]', '[' * 100000, '{"objects": [], "published": {"objects": []}}'])
+def test_damaged_index(text: str, works: Works, folder: There) -> None:
     '''Is none.'''
     Path(folder.env['QEMU_MKOSI_PUBLISH'], index_name(works)).write_text(
-        '[]', encoding='utf-8')
+        text, encoding='utf-8')
     said = works.bad(8, '--published', **folder.env)
     assert 'incomplete' in said and 'the index is damaged' in said
+
+
+@SLOW
+@pytest.mark.parametrize('old, new', [
+    ('"arch": "x86_64"', '"arch": "other"'), ('"size": ', '"size": -'),
+    ('"sha256": "', '"sha256": "../')])
+def test_index_of_something_else(old: str, new: str, works: Works,
+                                 folder: There) -> None:
+    '''What it lists may be there, but is not the image.'''
+    publish(works, folder)
+    path = Path(folder.env['QEMU_MKOSI_PUBLISH'], index_name(works))
+    path.chmod(0o644)
+    path.write_text(path.read_text('utf-8').replace(old, new), 'utf-8')
+    assert 'incomplete' in works.bad(8, '--published', **folder.env)
 
 
 def test_nobody_to_ask(works: Works) -> None:

@@ -267,3 +267,47 @@ def test_forms(tmp_path: Path) -> None:
         found.append(form_of(File(path)))
     assert found == ['data', 'data', 'data', 'PE', 'cpio', 'gzip', 'ar',
                      'data', 'squashfs', 'GPT']
+
+
+def test_cpio_that_goes_back() -> None:
+    '''A number has no sign: this file's size led to its own header.'''
+    name = b'a\0'
+    head = (b'070701' + b'00000000' * 6 + b'-0000070' + b'00000000' * 4
+            + f'{len(name):08x}'.encode() + b'00000000' + name)
+    with pytest.raises(Malformed, match='cpio header 0'):
+        archives.segments(head + bytes(200))
+
+
+@pytest.mark.parametrize('pack', [gzip.compress, lzma.compress, bz2.compress])
+def test_unpacks_no_more_than_it_may(
+        pack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    '''Of all streams together.'''
+    monkeypatch.setattr(archives, 'MAX_FILE', 1000)
+    assert archives.decompress(pack(bytes(500)) * 2) == bytes(1000)
+    for data in (pack(bytes(1001)), pack(bytes(5_000_000)),
+                 pack(bytes(600)) * 2):
+        with pytest.raises(Malformed, match='more than 1000 bytes'):
+            archives.decompress(data)
+
+
+@SLOW
+def test_extents_of_themselves(good: Path,
+                               monkeypatch: pytest.MonkeyPatch) -> None:
+    '''A node that is its own child is refused at its second look.'''
+    file_system = Ext4(Window(File(good / 'disk.raw'), 1 << 20, ROOT_SIZE))
+    inode = file_system.inode(2)
+    block = struct.pack('<HHHHI', 0xf30a, 1, 84, 1, 0) + struct.pack(
+        '<IIHH', 0, 3, 0, 0)
+    raw = bytearray(inode.raw)
+    raw[0x28:0x28 + len(block)] = block
+    asked: List[int] = []
+
+    def take(offset: int, size: int, _what: str) -> bytes:
+        asked.append(offset)
+        return block.ljust(size, b'\0')
+
+    monkeypatch.setattr(file_system.source, 'take', take)
+    with pytest.raises(Malformed, match='extents'):
+        file_system.extents(type(inode)(inode.number, bytes(raw),
+                                        inode.offset))
+    assert len(asked) == 1
