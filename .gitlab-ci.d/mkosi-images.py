@@ -132,11 +132,10 @@ def is_published(arch: str, image: str) -> bool:
     '''
     command = [sys.executable, BUILDER, arch, image, '--published']
     own = {**os.environ, **destination(os.environ)}
-    stores = {name: value for name, value in own.items()
-              if not name.startswith('QEMU_MKOSI_PUBLISH')}
+    stores = {k: v for k, v in own.items() if 'MKOSI_PUBLISH' not in k}
+    wheres = [stores, own] if own.get('QEMU_MKOSI_PUBLISH') else [stores]
     return any(subprocess.run(command, env=env, check=False).returncode == 0
-               for env in (stores, own)
-               if env is stores or own.get('QEMU_MKOSI_PUBLISH'))
+               for env in wheres)
 
 
 def build_one(arch: str, image: str, turn: str) -> None:

@@ -295,9 +295,8 @@ class Ext4:
                                 f'{magic:#x}, depth {depth}, {count} entries')
             for at in range(12, 12 * (count + 1), 12):
                 if depth:
-                    low, high = struct.unpack_from('<IH', node, at + 4)
-                    pending.append(((low | high << 32) * self.block,
-                                    depth - 1))
+                    block = int.from_bytes(node[at + 4:at + 10], 'little')
+                    pending.append((block * self.block, depth - 1))
                 else:
                     found.append(self._leaf(node[at:at + 12]))
         return sorted(found)

@@ -219,8 +219,8 @@ def _includes(folder: Path) -> List[str]:
         try:
             text = path.read_text(encoding='utf-8')
         except UnicodeDecodeError as e:
-            raise InputError(f'{path}: expected UTF-8, found byte '
-                             f'{e.object[e.start]:#x} at {e.start}',
+            raise InputError(f'{path}: expected UTF-8, found {e.reason} at '
+                             f'{e.start}',
                              next_step='save it as UTF-8') from e
         # A setting goes on in the lines below it that are indented
         for value in re.findall(r'^Include *=(.*(?:\n[ \t].*)*)', text,

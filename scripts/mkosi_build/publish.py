@@ -397,7 +397,7 @@ def _check(store: Destination, job: Job,
     if ((index['format'], index['image'], index['arch'], index['identity'])
             != (FORMAT, job.image.name, job.target.arch, job.identity)
             or not sizes or not artefacts <= set(sizes)
-            or not all(_HASH.fullmatch(sha256) and type(size) is int
+            or not all(_HASH.fullmatch(sha256) and isinstance(size, int)
                        for sha256, size in sizes.items())):
         raise ValueError('not an index of this image')
     with ThreadPoolExecutor(CONNECTIONS) as pool:

@@ -142,7 +142,7 @@ def _text(path: Path, file: str) -> str:
         return path.read_text(encoding='utf-8')
     except UnicodeDecodeError as e:
         raise SettingError(file, 'content', 'UTF-8',
-                           f'byte {e.object[e.start]:#x} at {e.start}',
+                           f'{e.reason} at {e.start}',
                            'save it as UTF-8') from e
 
 

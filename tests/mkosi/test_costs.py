@@ -65,7 +65,7 @@ def test_nothing_is_guessed(upkeep: Upkeep) -> None:
             one['runner_seconds']) == (None, None, None)
     assert 'not measured here' in one['text']
     assert 'not known here' in one['text']
-    assert '--sources' in events['costs'][0]['text']
+    assert '--publish' in events['costs'][0]['text']
     # A record of before it had them
     upkeep.add_build('one')
     assert told(upkeep)['cost'][0]['build_seconds'] is None
