@@ -8,7 +8,8 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import List, NoReturn, Optional, Sequence, Tuple
+from typing import (Callable, List, NoReturn, Optional, Sequence,
+                    Tuple)
 
 from . import boot, lint, lock as locks, override, parallel
 from . import provenance, registry as registries, update, upkeep
@@ -107,7 +108,7 @@ def parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument('--update-lock', action='store_true',
                         help='resolve packages anew, signatures checked, '
                         'and write the locks; IMAGE may be "tools"')
-    parser.add_argument('--jobs', metavar='N', type=_positive,
+    parser.add_argument('--jobs', metavar='N', type=positive,
                         default=os.cpu_count() or 1,
                         help='build N images at once (default: %(default)s)')
     parser.add_argument('--boot', action='store_true',
@@ -131,7 +132,8 @@ def parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     return arguments
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    '''A number of at least 1, or else ValueError.'''
     number = int(text)
     if number < 1:
         raise ValueError(text)
@@ -443,18 +445,28 @@ def _terminate(signum: int, _frame: object) -> NoReturn:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     '''Run the command with the arguments @argv. Returns the exit code.'''
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        # nohup's wish is respected
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _terminate)
-    as_json = '--json' in (sys.argv[1:] if argv is None else argv)
-    error: BuildError
-    try:
+    def work() -> None:
         arguments = parse_arguments(argv)
         results = Command(arguments).run(arguments.update_lock,
                                          arguments.mode)
         if arguments.boot:
             boot.boot(results[0])
+
+    return call(work, '--json' in (sys.argv[1:] if argv is None else argv))
+
+
+def call(work: Callable[[], None], as_json: bool) -> int:
+    '''
+    Call @work, which ends like any error if the process is told to end.
+    Returns the exit code, and tells the error that decides it.
+    '''
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # nohup's wish is respected
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _terminate)
+    error: BuildError
+    try:
+        work()
         sys.stdout.flush()
         return 0
     except BuildError as e:

@@ -13,7 +13,8 @@ from .cache import Cache, write_atomically
 SCHEMA = 1
 
 
-def _load(cache: Cache) -> Dict[str, Any]:
+def load(cache: Cache) -> Dict[str, Any]:
+    '''By image and architecture, what tests shall use.'''
     try:
         images = json.loads(cache.override.read_text())['images']
         return images if isinstance(images, dict) else {}
@@ -34,7 +35,7 @@ def add(cache: Cache, result: Result) -> None:
     '''Let tests use @result.'''
     job = result.job
     with cache.lock('override'):
-        images = _load(cache)
+        images = load(cache)
         images.setdefault(job.image.name, {})[job.target.arch] = {
             'identity': job.identity,
             'locked': job.locked,
@@ -48,7 +49,7 @@ def remove(cache: Cache, image: str, arch: str) -> None:
     if not cache.override.exists():
         return
     with cache.lock('override'):
-        images = _load(cache)
+        images = load(cache)
         images.get(image, {}).pop(arch, None)
         _save(cache, {name: targets for name, targets in images.items()
                       if targets})

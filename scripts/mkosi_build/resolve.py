@@ -11,7 +11,8 @@ import re
 import time
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import (Dict, Iterator, List, NamedTuple, Optional, Sequence,
+                    Tuple)
 
 from . import command, lock as locks, resolve_rpm
 from .build import Job, run_mkosi
@@ -31,11 +32,21 @@ KEYRING = Path('/usr/share/keyrings/debian-archive-keyring.gpg')
 RPM_CHECKS = ['--repository-key-check=yes', '--repository-key-fetch=no']
 
 
-def _sources(mirror: str, release: str, arch: str, kind: str = 'deb') -> str:
+class Further(NamedTuple):
+    '''
+    What a lock of Debian's may be of, beside the release itself: further
+    @suites, from which is taken what the definition's preferences say; and
+    if @expired, lists whose signature is valid no longer, as an archive's.
+    '''
+    suites: Tuple[str, ...] = ()
+    expired: bool = False
+
+
+def _sources(mirror: str, suites: str, arch: str, kind: str = 'deb') -> str:
     '''An apt source that is trusted by its signature alone.'''
     return (f'Types: {kind}\n'
             f'URIs: {mirror}\n'
-            f'Suites: {release}\n'
+            f'Suites: {suites}\n'
             'Components: main\n'
             f'Architectures: {DEBIAN_ARCHITECTURES[arch]}\n'
             f'Signed-By: {KEYRING}\n')
@@ -74,30 +85,39 @@ def _index(lists: Path) -> Dict[str, Package]:
     return known
 
 
-def _epoch(lists: Path, release: str) -> int:
+def _epoch(lists: Path, suites: Sequence[str],
+           expired: bool = False) -> int:
     '''
-    When the repository was released, in seconds since 1970. Raises
-    FetchError unless what was signed is @release and has not expired: apt
-    only warns of another one, and mkosi lets it take what has expired.
+    When the newest of the @suites was released, in seconds since 1970.
+    Raises FetchError unless each that was signed is one of them and, if
+    not @expired, is still valid: apt only warns of another one, and mkosi
+    lets it take what has expired.
     '''
-    for path in lists.glob('*_InRelease'):
-        fields = dict(re.findall(r'^([A-Z][A-Za-z-]*): (.*)$',
-                                 path.read_text(), re.M))
-        names = [fields.get(key, '') for key in ('Suite', 'Codename')]
-        step = 'set QEMU_MKOSI_MIRROR to another mirror'
-        if release not in names:
-            raise FetchError(
-                f'the mirror\'s signed release file: expected {release}, '
-                f'found {" ".join(names)}', next_step=step)
-        until = _seconds(fields.get('Valid-Until', ''))
-        if until is not None and until < time.time():
-            raise FetchError(
-                'the mirror\'s signed release file has expired: it is valid '
-                f'until {fields["Valid-Until"]}', next_step=step)
-        date = _seconds(fields.get('Date', ''))
-        if date is not None:
-            return date
-    raise FetchError(f'no signed release file with a date in {lists}')
+    dates = [_date(path, suites, expired)
+             for path in lists.glob('*_InRelease')]
+    known = [date for date in dates if date is not None]
+    if not known or len(known) < len(dates):
+        raise FetchError(f'no signed release file with a date in {lists}')
+    return max(known)
+
+
+def _date(path: Path, suites: Sequence[str],
+          expired: bool) -> Optional[int]:
+    fields = dict(re.findall(r'^([A-Z][A-Za-z-]*): (.*)$',
+                             path.read_text(), re.M))
+    names = [fields.get(key, '') for key in ('Suite', 'Codename')]
+    step = 'set QEMU_MKOSI_MIRROR to another mirror'
+    if not set(suites) & set(names):
+        raise FetchError(
+            f'the mirror\'s signed release file: expected '
+            f'{" or ".join(suites)}, found {" ".join(names)}',
+            next_step=step)
+    until = _seconds(fields.get('Valid-Until', ''))
+    if not expired and until is not None and until < time.time():
+        raise FetchError(
+            'the mirror\'s signed release file has expired: it is valid '
+            f'until {fields["Valid-Until"]}', next_step=step)
+    return _seconds(fields.get('Date', ''))
 
 
 def _seconds(date: str) -> Optional[int]:
@@ -180,7 +200,7 @@ def tools_lock(folder: Path, arch: str, cache: Cache,
         lists = work / 'state/lists'
         chosen = _pick(_index(lists), digests, 'tools')
         return Lock(definition, distribution, release, arch,
-                    _epoch(lists, release), tuple(chosen))
+                    _epoch(lists, [release]), tuple(chosen))
 
 
 def _private_apt(work: Path, sources: str, arch: str) -> List[str]:
@@ -226,7 +246,8 @@ def _apt(apt: List[str]) -> str:
     return result.stdout
 
 
-def image_lock(job: Job, tree: Path, cache: Cache, report: Report) -> Lock:
+def image_lock(job: Job, tree: Path, cache: Cache, report: Report,
+               also: Further = Further()) -> Lock:
     '''
     A new lock for the image of @job: what a build with the tools @tree,
     with network and without any packages at hand, fetches. The lock of
@@ -235,7 +256,7 @@ def image_lock(job: Job, tree: Path, cache: Cache, report: Report) -> Lock:
     Raises MkosiError, HostError; FetchError where packages can't be had or
     trusted.
     '''
-    image, arch = job.image, job.target.arch
+    image = job.image
     rpm = image.distribution == 'fedora'
     mirror = _mirror(job)
     name = f'resolve-{job.name}'
@@ -243,7 +264,7 @@ def image_lock(job: Job, tree: Path, cache: Cache, report: Report) -> Lock:
     report.event('log', f'         log: {log}', path=str(log))
     with report.stage(f'resolving {job.name} at {hide_password(mirror)}'), \
             cache.lock(name), cache.scratch(name) as work:
-        checks = RPM_CHECKS if rpm else _apt_checks(work, job, mirror)
+        checks = RPM_CHECKS if rpm else _apt_checks(work, job, mirror, also)
         try:
             run_mkosi(job, tree, work, log, mirror,
                       [*_packages_only(work), *checks], network=True)
@@ -251,17 +272,18 @@ def image_lock(job: Job, tree: Path, cache: Cache, report: Report) -> Lock:
             raise (rpm and resolve_rpm.refusal(log)) or e from e
         chosen, epoch = (
             resolve_rpm.chosen(work / 'packages', tree, job.name) if rpm
-            else _chosen_by_apt(work / 'packages', job))
-        return Lock(job.definition, image.distribution, image.release, arch,
-                    epoch, tuple(chosen))
+            else _chosen_by_apt(work / 'packages', job, also))
+        return Lock(job.definition, image.distribution, image.release,
+                    job.target.arch, epoch, tuple(chosen))
 
 
-def _chosen_by_apt(packages: Path, job: Job) -> Tuple[List[Package], int]:
+def _chosen_by_apt(packages: Path, job: Job,
+                   also: Further) -> Tuple[List[Package], int]:
     digests = [sha256_file(path) for path in sorted(
         (packages / 'cache/apt/archives').glob('*.deb'))]
     lists = packages / 'lib/apt/lists'
     return (_pick(_index(lists), digests, job.name),
-            _epoch(lists, job.image.release))
+            _epoch(lists, [job.image.release, *also.suites], also.expired))
 
 
 def _packages_only(work: Path) -> List[str]:
@@ -274,7 +296,8 @@ def _packages_only(work: Path) -> List[str]:
     return ['--format=none', f'--build-script={script}']
 
 
-def _apt_checks(work: Path, job: Job, mirror: str) -> List[str]:
+def _apt_checks(work: Path, job: Job, mirror: str,
+                also: Further) -> List[str]:
     '''
     The options of mkosi that have apt check signatures. Given its own list
     of sources, mkosi does not write the one that trusts a local mirror
@@ -282,7 +305,8 @@ def _apt_checks(work: Path, job: Job, mirror: str) -> List[str]:
     '''
     sources = work / 'sandbox/etc/apt/sources.list.d/mkosi.sources'
     sources.parent.mkdir(parents=True)
-    sources.write_text(_sources(mirror, job.image.release, job.target.arch),
+    every = ' '.join([job.image.release, *also.suites])
+    sources.write_text(_sources(mirror, every, job.target.arch),
                        encoding='utf-8')
     return [f'--sandbox-tree={work / "sandbox"}']
 

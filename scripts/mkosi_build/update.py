@@ -23,7 +23,7 @@ def update_tools_locks(builder: Builder, registry: Registry,
     builder.cache.check_writable()
     folder = tools_folder(registry)
     for arch in sorted({*archs, host_architecture()}):
-        _write_lock(
+        write_lock(
             builder, folder / f'{arch}.lock',
             resolve.tools_lock(folder, arch, builder.cache, builder.report))
 
@@ -42,11 +42,12 @@ def update_image_lock(builder: Builder, registry: Registry, image: Image,
                    target.arch, tool_lock.epoch, ())
     job = Job(image, target, folder, definition, nothing, tool_lock,
               tuple(tool_locks.values()))
-    _write_lock(builder, folder / f'{target.arch}.lock',
-                resolve.image_lock(job, tree, builder.cache, builder.report))
+    write_lock(builder, folder / f'{target.arch}.lock',
+               resolve.image_lock(job, tree, builder.cache, builder.report))
 
 
-def _write_lock(builder: Builder, path: Path, lock: Lock) -> None:
+def write_lock(builder: Builder, path: Path, lock: Lock) -> None:
+    '''Write @lock to the file @path, and tell what is other than before.'''
     try:
         old = locks.load(path).packages
     except LockError:
@@ -84,7 +85,8 @@ def record_hashes(builder: Builder, path: Path, result: Result) -> None:
                          + ('recorded' if new != old else 'unchanged'))
 
 
-def newer_job(builder: Builder, registry: Registry, job: Job) -> Job:
+def newer_job(builder: Builder, registry: Registry, job: Job,
+              also: resolve.Further = resolve.Further()) -> Job:
     '''@job with locks of what the mirrors have today.'''
     folder = builder.cache.root / 'newer' / job.identity
     try:
@@ -109,7 +111,8 @@ def newer_job(builder: Builder, registry: Registry, job: Job) -> Job:
     except GoneError:
         tree = tools.ensure(tool_lock, builder.cache, builder.store,
                             builder.report, job.target.arch)
-        lock = resolve.image_lock(job, tree, builder.cache, builder.report)
+        lock = resolve.image_lock(job, tree, builder.cache, builder.report,
+                                  also)
     write_atomically(folder / 'tools.lock', locks.render(tool_lock))
     write_atomically(folder / 'image.lock', locks.render(lock))
     return job.unlocked(lock, tool_lock)
