@@ -8,6 +8,7 @@ The folders on this machine: the builder's own and QEMU's asset cache.
         images/<image>/<arch>/<identity>/
                                 artefacts of one build, record.json,
                                 provenance.json, packages.spdx.json
+        hosts/<row>/<identity>/ an unpacked system of the matrix
         declared/<sha256>.json  the copyright files of a package
         work/<name>/            what is being made; stale once its lock is free
         log/<name>.log          mkosi's words in the last build
@@ -36,6 +37,10 @@ from typing import Callable, Iterator, Optional
 
 from .error import BuildError, HostError
 
+
+# Below the builder's folder, and beside the registry, what the rows of the
+# matrix are run in
+HOSTS = 'hosts'
 
 # What neither mkosi's options nor apt's lists of sources take for syntax
 _PLAIN = re.compile(r'[\w/.+@=~-]+')

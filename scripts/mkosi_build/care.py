@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Set
 
-from .cache import Cache, host_error, remove_tree
+from .cache import HOSTS, Cache, host_error, remove_tree
 from .holdings import (OF_BUILD, Entry, Inode, References, Survey, children,
                        hashes_of, total)
 from .registry import Registry
@@ -36,7 +36,7 @@ PRUNE = 'prune'
 # Where a builder's processes may be about to open what no lock protects
 UNLOCKED = ('store', 'tools', 'sources')
 # What can be had again: prunable for want of space, though referred to
-AGAIN = ('store', 'tools', 'newer', 'sources', 'declared', 'verify')
+AGAIN = ('store', 'tools', 'newer', 'sources', 'declared', 'verify', HOSTS)
 
 
 # -- What is in use ---------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Dict, Iterable, List, Optional, Set, Tuple
 
 from . import lock as locks
 from .build import RECORD, load_tool_locks, prepare
-from .cache import Cache
+from .cache import HOSTS, Cache
 from .error import InputError
 from .lock import Lock
 from .registry import Registry
@@ -133,11 +133,21 @@ class References:
                     job = prepare(registry, image, arch)
                     _add(self.builds, job.identity, user)
                     self.add_lock(job.lock, user)
-        for arch, lock in load_tool_locks(registry).items():
+        tool_locks = load_tool_locks(registry)
+        for arch, lock in tool_locks.items():
             self.add_tools(lock, f'tools {arch}')
+        self._add_hosts(registry, list(tool_locks.values()))
         self._add_override(cache)
         self._add_newer(cache)
         self._add_sources(cache)
+
+    def _add_hosts(self, registry: Registry, tool_locks: List[Lock]) -> None:
+        for path in sorted((registry.path.parent / HOSTS).glob('*/*.lock')):
+            user = f'host {path.parent.name} {path.stem}'
+            lock = locks.load(path)
+            self.add_lock(lock, user)
+            _add(self.builds, locks.identity(
+                locks.definition_digest(path.parent), lock, tool_locks), user)
 
     def _add_newer(self, cache: Cache) -> None:
         for folder in children(cache.root / 'newer'):
@@ -219,7 +229,7 @@ class Survey:
                  'images': self._images, 'work': self._work,
                  'log': self._log, 'newer': self._newer,
                  'sources': self._sources, 'declared': self._declared,
-                 'verify': self._verify}
+                 'verify': self._verify, HOSTS: self._hosts}
         for name, look in parts.items():
             for path in children(cache.root / name):
                 look(path)
@@ -291,6 +301,16 @@ class Survey:
                         for sha256 in hashes_of(path))]
                 else:
                     self._other(path, lock)
+
+    def _hosts(self, host: Path) -> None:
+        if not host.is_dir():
+            self._other(host)
+        for path in children(host):
+            if _HASH.fullmatch(path.name):
+                self._add(HOSTS, path, self.known.builds.get(path.name),
+                          'a root of an old identity', f'host-{host.name}')
+            else:
+                self._other(path)
 
     def _work(self, path: Path) -> None:
         self._add('work', path, why='left by a killed process',

@@ -18,6 +18,7 @@ import pytest
 
 from fixtures_upkeep import KINDS, Upkeep, body, lock_of, package, sha
 from mkosi_build import care, cli, holdings, lock as locks
+from mkosi_build.build import load_tool_locks
 from mkosi_build.error import InputError, UsageError
 from mkosi_build.report import Report
 
@@ -87,6 +88,14 @@ def fill_current(upkeep: Upkeep) -> None:
           / f'{package("one").sha256}.json', '{}')
     write(upkeep.cache.root / 'verify/one-x86_64.json', '{}')
     write(upkeep.cache.root / 'verify/one-x86_64.differs/first/vmlinuz')
+    # A root of the matrix
+    row = write(upkeep.folder / 'hosts/row/mkosi.conf').parent
+    lock = lock_of(locks.definition_digest(row), [package('qemu')])
+    write(row / 'x86_64.lock', locks.render(lock))
+    write(upkeep.cache.root / 'hosts/row' / locks.identity(
+        lock.definition, lock, list(load_tool_locks(upkeep.registry).values())
+    ) / 'usr/bin/qemu-img')
+    upkeep.add_package(package('qemu'))
     # What --local built, of two: the registry does not know it
     upkeep.add_build('two', OLD, of='local')
     write(upkeep.cache.override, json.dumps({'schema': 1, 'images': {'two': {
@@ -118,6 +127,7 @@ def fill_old(upkeep: Upkeep) -> None:
     write(upkeep.cache.root / 'log/gone-x86_64.log')
     write(upkeep.cache.root / 'newer' / ('f' * 64) / 'image.lock', 'x')
     write(upkeep.cache.root / 'declared' / f'{"6" * 64}.json', '{}')
+    write(upkeep.cache.root / 'hosts/row' / ('7' * 64) / 'usr/bin/qemu-img')
     write(upkeep.cache.root / 'verify/gone-x86_64.differs/first/vmlinuz')
     write(upkeep.cache.root / 'sources' / f'{"5" * 64}.list',
           f'{package("one", "0").sha256} 100 one 0 one.dsc\n')
@@ -149,7 +159,7 @@ def test_dry_run(upkeep: Upkeep) -> None:
     goes = {name for name, event in told.items() if event['prunable']}
     prune(upkeep)
     assert set(held(upkeep)) == set(told) - goes
-    assert len(goes) == 17
+    assert len(goes) == 18
 
 
 def test_users(upkeep: Upkeep) -> None:
@@ -166,6 +176,7 @@ def test_users(upkeep: Upkeep) -> None:
             (f'store/{package("one", "2").sha256}', ['newer one x86_64']),
             (f'store/{package("source").sha256}',
              ['sources of one x86_64']),
+            (f'store/{package("qemu").sha256}', ['host row x86_64']),
             (f'images/two/x86_64/{OLD}', ['override two x86_64']),
             ('override.json', ['tests']),
             ('log/resolve-one-x86_64.log', ['one x86_64'])):
@@ -324,7 +335,7 @@ def test_limit(upkeep: Upkeep) -> None:
     size = holdings.total(holdings.Survey(upkeep.cache, holdings.References(
         upkeep.registry, upkeep.cache)).entries)
     assert prune(upkeep, size) == {}
-    assert len(list(upkeep.cache.store.iterdir())) == 7
+    assert len(list(upkeep.cache.store.iterdir())) == 8
     prune(upkeep, size - 1)
     # One thing went, and not that
     assert len(list(upkeep.cache.store.iterdir())) >= 6 and newest.exists()
