@@ -11,7 +11,7 @@ TERMINAL := $(shell test -t 0 || echo '< /dev/null')
 # Steps of one goal build upon each other
 .NOTPARALLEL:
 .PHONY: images check setup lint unit build check-functional series verify
-.PHONY: table bench clean
+.PHONY: table matrix bench clean
 
 images: setup
 	$(BUILDER) $(ARCH) --allow-newer
@@ -47,6 +47,10 @@ verify: setup
 # QEMU's own tests on our images: what they fetch, before and after
 table: setup
 	$(PYTHON) -m series table
+
+# The same images on the QEMU of several distributions; ROWS="<row> ..."
+matrix: build
+	@$(PYTHON) -m series matrix --allow-newer $(ROWS)
 
 bench: setup
 	$(PYTHON) tests/mkosi/bench.py --json build/bench.json \

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 '''
 The command: python -m series
-             apply|check|run FILE|lint|patches|verify|table
+             apply|check|run FILE|lint|matrix|patches|verify|table
 '''
 
 import argparse
@@ -46,6 +46,8 @@ def main() -> int:
     run.add_argument('args', nargs=argparse.REMAINDER,
                      help='for the test, as -v or Class.test_name')
     commands.add_parser('lint', help='flake8, mypy, pylint, checkpatch')
+    commands.add_parser('matrix', help='run scripts/mkosi-matrix.py in the '
+                        'tree, with all that follows')
     commands.add_parser('patches', help='make commits of this repository '
                         'and write them as mail to build/series')
     proof = commands.add_parser(
@@ -58,12 +60,16 @@ def main() -> int:
                        'documentation before and after')
     commands.add_parser('table', help='run QEMU\'s tests that are on our '
                         'images before and after, and say what they fetch')
-    args = parser.parse_args()
+    # What follows it is another command's, which has options of its own
+    words = sys.argv[1:]
+    rows = words[1:] if words[:1] == ['matrix'] else []
+    args = parser.parse_args(words[:-len(rows)] if rows else words)
     try:
         status: int = {
             'apply': show_tree,
             'check': functional.check,
             'run': lambda: functional.run_file(args.file, args.args),
+            'matrix': lambda: functional.matrix(rows),
             'patches': patches,
             'table': before.main,
             'verify': lambda: verify.main(args.trees, args.thorough),

@@ -358,6 +358,21 @@ def check() -> int:
                   and os.environ.get('MKOSI_ALLOW_SKIP') != '1')
 
 
+def matrix(args: Sequence[str]) -> int:
+    '''
+    Run scripts/mkosi-matrix.py of the tree with the command line @args;
+    returns its exit status.
+    '''
+    bench = prepare()
+    # What was not built before is not there: no second try in each row
+    env = {'QEMU_TEST_NO_DOWNLOAD': '1', **environment()}
+    return subprocess.run(
+        _shielded(bench, [sys.executable,
+                          str(bench.tree / 'scripts/mkosi-matrix.py'),
+                          f'--output={BUILD / "matrix"}', *args]),
+        env=env, check=False).returncode
+
+
 def run_file(file: str, args: Sequence[str]) -> int:
     '''
     Run one test @file (its path in this repository or in QEMU's tree) with

@@ -19,6 +19,7 @@ from .apply import LINK, ROOT, apply, diff, our_files
 
 
 HERE = ('.gitlab-ci.d/mkosi-images.py', 'scripts/mkosi-build.py',
+        'scripts/mkosi-matrix.py',
         'scripts/mkosi_build', 'series', 'tests/mkosi')
 
 

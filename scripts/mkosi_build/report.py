@@ -71,6 +71,10 @@ these:
     warning, problem        what a person should read; of --inspect a problem
                             has "image", "arch", "file", "structure",
                             "offset", "expected", "found"
+    row                     ran: "row", "state", "reason" if it could not
+    test                    ran: "row", "test", "attempt"
+    matrix                  "path" of the result, see rows.py
+    quarantined             rows, from now on
     error                   "code" to exit with, "message", "next"; the last
 
 What one of several builds at once tells also has "job": its image and

@@ -48,6 +48,12 @@ class InitrdTests(BootTest):
         with self.assertRaisesRegex(self.failureException, 'exit status'):
             self.guest('false')
 
+    def test_cpus(self) -> None:
+        '''Two processors of the best model that the emulator has'''
+        self.vm.add_args('-cpu', 'max', '-smp', '2')
+        self.boot_image(self.ASSET_IMAGE)
+        self.assertEqual(self.guest('nproc'), '2')
+
     def test_hotplug(self) -> None:
         '''A virtio disk that comes and goes'''
         self.set_machine(self.MACHINES[self.arch])

@@ -22,7 +22,8 @@ import pytest
 
 from fixtures_builder import AMBIENT, PATIENCE, ROOT, Project
 from fixtures_publish import Works
-from mkosi_build import cli, error, lock as locks, registry, tools
+from mkosi_build import (cli, differences, error, lock as locks, registry,
+                         tools)
 from mkosi_build.resolve import KEYRING
 from mkosi_build.store import host_mirrors
 from test_resolve import link_store
@@ -45,7 +46,8 @@ LANGUAGES = {'shell', 'python', 'yaml', 'ini', 'text', 'toml'}
 IMAGES = ('debian-min', 'fedora-min', 'debian-net')
 
 # What may stand at the beginning of a command
-PROGRAMS = {'scripts/mkosi-build.py', 'export', 'make', 'tar'}
+PROGRAMS = {'scripts/mkosi-build.py', 'scripts/mkosi-matrix.py', 'export',
+            'make', 'tar'}
 
 
 # The pages
@@ -174,6 +176,11 @@ def translated(line: str, project: Project) -> str:
 def resolves(lines: List[str]) -> bool:
     '''Whether some of these commands asks a mirror what it has.'''
     return '--update-lock' in ' '.join(lines)
+
+
+# Commands that test_matrix.py runs, on rows
+MATRIX = {title: SCRIPTS.pop(title) for title, lines in list(SCRIPTS.items())
+          if 'mkosi-matrix.py' in ' '.join(lines)}
 
 
 # What has come to pass before a command: a user has edited a definition, has
@@ -409,9 +416,14 @@ def test_python_types(qemu_tree: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize('block', written('yaml'),
                          ids=lambda block: block.place)
 def test_yaml(block: Block, tmp_path: Path) -> None:
-    '''A whole registry, of images that were not built yet.'''
+    '''
+    A whole registry, of images that were not built yet; or what differs.
+    '''
     path = tmp_path / 'registry.yaml'
     path.write_text(block.text)
+    if 'differences:' in block.text:
+        assert differences.load(path)
+        return
     loaded = registry.load(path)
     assert loaded.images
     for image in loaded.images.values():
@@ -574,7 +586,8 @@ def pattern(message: str) -> 're.Pattern[str]':
                                 for part in message.split('...')), re.S)
 
 
-MESSAGES = terms(section_of(REFERENCE, 'Messages'))
+MESSAGES = [*terms(section_of(REFERENCE, 'Messages')),
+            *terms(section_of(PAGES['mkosi-images-matrix'], 'Messages'))]
 
 
 @pytest.mark.parametrize('message', MESSAGES)
@@ -589,7 +602,8 @@ def test_message(message: str) -> None:
 def test_all_messages() -> None:
     '''
     Every error that the builder raises, but for those of what is written
-    wrongly in a registry or a lock: they say all there is to say.
+    wrongly in a registry, a lock or what is declared: they say all there is
+    to say.
     '''
     classes = {name for name, found in vars(error).items()
                if isinstance(found, type)} | {'error', '__init__'}
@@ -597,7 +611,7 @@ def test_all_messages() -> None:
     for path in SOURCES:
         if (path.parent.name != 'mkosi_build'
                 or path.name in ('registry.py', 'record.py', 'nodes.py',
-                                 'lock.py')):
+                                 'lock.py', 'differences.py', 'rows.py')):
             continue
         for name, call in calls(path):
             if name not in classes or not call.args:

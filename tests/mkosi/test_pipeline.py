@@ -39,6 +39,7 @@ CHECKS = {'mkosi-images-compare', 'mkosi-images-boot',
           'mkosi-images-registry'}
 PUBLISH = {'mkosi-images-publish'}
 LINKS = {'mkosi-images-links'}
+MATRIX = {'mkosi-images-matrix'}
 
 
 def load_script() -> ModuleType:
@@ -81,7 +82,7 @@ def test_runs_with_qemus_jobs(pipeline: Pipeline) -> None:
     assert {'check-patch', 'amd64-debian-container'} <= set(jobs)
     ours = {name.partition(':')[0] for name in jobs
             if name.startswith('mkosi-images')}
-    assert ours == BUILDS | CHECKS | PUBLISH | LINKS
+    assert ours == BUILDS | CHECKS | PUBLISH | LINKS | MATRIX
     # Nothing has changed
     assert all(job['when'] == 'never' for name, job in jobs.items()
                if name.startswith('mkosi-images'))
@@ -92,24 +93,32 @@ def test_runs_with_qemus_jobs(pipeline: Pipeline) -> None:
     # Contributors
     ('work', FORK, {}),
     ('work', {**FORK, 'QEMU_CI': '1'},
-     {**all_when('manual', BUILDS), **all_when('on_success', CHECKS)}),
+     {**all_when('manual', BUILDS, MATRIX),
+      **all_when('on_success', CHECKS)}),
     ('work', {**FORK, 'QEMU_CI': '2'},
-     all_when('on_success', BUILDS, CHECKS)),
+     {**all_when('on_success', BUILDS, CHECKS),
+      **all_when('manual', MATRIX)}),
     ('work', {**FORK, 'QEMU_CI': '2', 'QEMU_MKOSI_PUBLISH': '/tmp'},
      {**all_when('on_success', BUILDS, CHECKS),
-      **all_when('manual', PUBLISH)}),
+      **all_when('manual', PUBLISH, MATRIX)}),
     # Upstream
-    ('staging', UPSTREAM, all_when('on_success', BUILDS, CHECKS)),
-    ('staging-11.1', UPSTREAM, all_when('on_success', BUILDS, CHECKS)),
+    ('staging', UPSTREAM,
+     {**all_when('on_success', BUILDS, CHECKS),
+      **all_when('manual', MATRIX)}),
+    ('staging-11.1', UPSTREAM,
+     {**all_when('on_success', BUILDS, CHECKS),
+      **all_when('manual', MATRIX)}),
     ('stable-11.1', UPSTREAM, {}),
     ('topic', UPSTREAM, {}),
     ('master', {**UPSTREAM, 'CI_COMMIT_REF_PROTECTED': 'true'},
-     all_when('on_success', BUILDS, CHECKS, PUBLISH)),
+     {**all_when('on_success', BUILDS, CHECKS, PUBLISH),
+      **all_when('manual', MATRIX)}),
     ('master', {**UPSTREAM, 'CI_COMMIT_REF_PROTECTED': 'false'},
-     all_when('on_success', BUILDS, CHECKS)),
+     {**all_when('on_success', BUILDS, CHECKS),
+      **all_when('manual', MATRIX)}),
     ('master', {**UPSTREAM, 'CI_COMMIT_REF_PROTECTED': 'true',
                 'CI_PIPELINE_SOURCE': 'schedule'},
-     all_when('on_success', LINKS)),
+     all_when('on_success', LINKS, MATRIX)),
     ('work', {**FORK, 'CI_PIPELINE_SOURCE': 'schedule'}, {}),
 ])
 def test_rules(lean: Pipeline, tmp_path: Path, branch: str,

@@ -15,6 +15,7 @@ import pytest
 
 from conftest import Answer, Server
 from series import apply, edits, functional, kvm, tap, tree
+from series.__main__ import main
 from series.edits import AnchorError, Edit, Patch, edit_text
 from series.error import SeriesError
 from series.tree import Tarball
@@ -728,3 +729,18 @@ def test_setup_does_nothing_twice(tmp_path: Path) -> None:
     (host.venv / 'made-for').unlink()
     assert host.setup().returncode == 0 and host.made_venv()
     assert host.setup().returncode == 0 and not host.made_venv()
+
+
+def test_options_of_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    '''Are its own, and none of the harness's.'''
+    seen: List[List[str]] = []
+
+    def run(words: List[str]) -> int:
+        seen.append(list(words))
+        return 0
+
+    monkeypatch.setattr(functional, 'matrix', run)
+    for words in (['--allow-newer', 'debian-12', '--tests', '*'], []):
+        monkeypatch.setattr(sys, 'argv', ['series', 'matrix', *words])
+        assert main() == 0
+        assert seen.pop() == words
