@@ -29,6 +29,9 @@ from .runner import (QEMU_IMG, TREE, Found, Reference, Runner,
                      make_reference)
 from .suite import Case
 
+# What is replaced in the folder of the results, which may be anybody's
+LOGS = 'matrix.rows'
+
 # Beside those of a build
 PROGRAMS = {'mount': 'mount', 'setpriv': 'util-linux',
             'unshare': 'util-linux'}
@@ -166,8 +169,9 @@ def _state(found: Found, verdicts: Sequence[Verdict]) -> Tuple[str, str]:
     if wrong:
         more = f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''
         return 'failed', ', '.join(wrong[:3]) + more
-    if not (any(case.state == 'passed' for _, case in _named(found))
-            or found.images):
+    states = [case.state for _, case in _named(found)]
+    # qemu-img alone is a run; tests that were all skipped are none
+    if 'passed' not in states and (states or not found.images):
         return 'failed', 'nothing passed'
     return 'passed', ''
 
@@ -314,10 +318,13 @@ class Command:
 
     @contextlib.contextmanager
     def _work(self, output: Path) -> Iterator[Path]:
-        '''The folder of this run's logs, in place of the last one's.'''
-        work = output / 'rows'
+        '''The folder of this run's logs; all of the last one's goes.'''
+        work = output / LOGS
         with self.builder.cache.lock('matrix-' + str(output).replace(
                 '/', '-')[-100:]):
+            # What this run does not come to shall not look like its result
+            for name in ('matrix.json', 'matrix.junit.xml', 'matrix.md'):
+                (output / name).unlink(missing_ok=True)
             remove_tree(work)
             work.mkdir(parents=True)
             yield work
@@ -327,7 +334,7 @@ class Command:
         write(output / 'matrix', result)
         write_atomically(output / 'matrix.md', rows.as_markdown(result))
         for row in result.rows:
-            write(output / 'rows' / row.name / 'row',
+            write(output / LOGS / row.name / 'row',
                   Result((row,), (), result.quarantine))
         self.report.event('matrix', rows.as_table(result),
                           path=str(output / 'matrix.json'))

@@ -172,7 +172,7 @@ class Rows:
         assert ([suite.get('name') for suite in suites]
                 == [row['name'] for row in told['rows']])
         for row in told['rows']:
-            own = folder / 'rows' / row['name'] / 'row.json'
+            own = folder / 'matrix.rows' / row['name'] / 'row.json'
             assert json.loads(own.read_text('utf-8'))['rows'] == [row]
         return {row['name']: row['state'] for row in told['rows']}
 
@@ -248,14 +248,22 @@ def test_row_that_hangs(rows: Rows) -> None:
 
 @pytest.mark.slow
 def test_interrupted(rows: Rows) -> None:
-    '''Nothing is left, and no result is written.'''
+    '''
+    Nothing is left, no result is written, and that of the run before is
+    gone; what else is in the folder stays.
+    '''
     rows.add('old', '7.2.0')
+    results = rows.project.root / 'mkosi-matrix'
+    (results / 'rows').mkdir(parents=True)
+    for name in ('matrix.json', 'matrix.junit.xml', 'matrix.md',
+                 'rows/mine'):
+        (results / name).touch()
     with subprocess.Popen(
             rows.command('--tests', '*/*'), cwd=rows.project.root,
             env=rows.project.environment(HANG='7.2.0'),
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, start_new_session=True) as process:
-        started = rows.project.root / 'mkosi-matrix/rows/old/tests-1'
+        started = rows.project.root / 'mkosi-matrix/matrix.rows/old/tests-1'
         deadline = time.monotonic() + PATIENCE
         while not (list(started.glob('*/*/stdout'))
                    or time.monotonic() > deadline):
@@ -264,7 +272,9 @@ def test_interrupted(rows: Rows) -> None:
         process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + signal.SIGTERM
     rows.project.assert_clean()
-    assert not (rows.project.root / 'mkosi-matrix/matrix.json').exists()
+    assert {path.name for path in results.iterdir()} == {'matrix.rows',
+                                                         'rows'}
+    assert (results / 'rows/mine').exists()
 
 
 def test_nothing_could_be_run(rows: Rows) -> None:
@@ -492,6 +502,12 @@ def test_nothing_passed() -> None:
     '''Silence is no success, and neither are skips alone.'''
     assert judged(found('a', '10.0.0')) == {'a': 'failed'}
     assert judged(found('a', '10.0.0', one='skipped')) == {'a': 'failed'}
+    # Nor do qemu-img's answers stand for tests that did not run
+    row = found('a', '10.0.0', one='skipped')
+    row.images = qemu_img.Observed(differences.Version(10, 0, 0), {})
+    assert judged(row) == {'a': 'failed'}
+    row.outcomes.clear()
+    assert judged(row) == {'a': 'passed'}
 
 
 def test_wrappers_of_several_rows(tmp_path: Path) -> None:
